@@ -1,0 +1,228 @@
+"""Images and labels as tensors on the device, served in batches of normalised (rotated) views.
+
+A data set is small enough to live on the GPU as bytes (CIFAR-100: 180 MB), and a batch is cut, flipped, rotated and
+normalised there in a dozen whole-tensor operations: no worker processes, no copies from the host inside an epoch.
+Every draw of an epoch (order, flips, crops) is made at its start from (seed, phase, epoch) alone, on the CPU, so that
+it is the same on every device and a resumed run sees what an uninterrupted one would have seen.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision import datasets as tv
+
+SIDE, PAD = 32, 4
+SHIFTS = 2 * PAD + 1  # a crop starts at 0 … 8, downwards and to the right
+
+# mean and standard deviation of each channel, in [0, 1]
+STATISTICS = {
+    "cifar100": ((0.5071, 0.4866, 0.4409), (0.2675, 0.2565, 0.2761)),
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "fashion_mnist": ((0.2190,) * 3, (0.3318,) * 3),  # of the images padded to 32 × 32
+    "synthetic": ((0.4330,) * 3, (0.1820,) * 3),
+}
+NUM_CLASSES = {"cifar100": 100, "cifar10": 10, "fashion_mnist": 10, "synthetic": 100}
+
+
+class DataError(ValueError):
+    """The data set can't be had as asked for; the message says what to do."""
+
+
+class Draws(NamedTuple):
+    """The random draws of one epoch over N images seen in V views, on the device."""
+
+    order: Tensor  # (N,) the images in the order of their use
+    window: Tensor  # (N, V) which of the 8 · 81 windows each view is, see `windows`
+
+
+def windows() -> Tensor:
+    """Where the pixels of every possible view lie in a padded image.
+
+    A view is a flip (or none), a rotation by k · 90 degrees in the direction of `np.rot90`, and a crop of 32 × 32 out
+    of the 40 × 40 pixels of the padded image: 2 · 4 · 9 · 9 windows, each a fixed choice of pixels.
+
+    Returns:
+        (648, 1024) int64, row ((flip · 4 + k) · 9 + top) · 9 + left.
+    """
+    padded = SIDE + 2 * PAD
+    pixel = torch.arange(padded * padded).view(padded, padded)
+    views = torch.stack([torch.rot90(image, k) for image in (pixel, pixel.flip(1)) for k in range(4)])
+    return views.unfold(1, SIDE, 1).unfold(2, SIDE, 1).reshape(-1, SIDE * SIDE)
+
+
+def window_rows(flip: Tensor, top: Tensor, left: Tensor) -> Tensor:
+    """Row of `windows` for flip (N, 1) in {0, 1} and offsets top, left (N, V) in 0 … 8; view k is rotated k times."""
+    turn = torch.arange(top.shape[1], device=top.device)
+    return ((flip * 4 + turn) * SHIFTS + top) * SHIFTS + left
+
+
+def draw(count: int, views: int, seed: int, phase: str, epoch: int) -> Draws:
+    """The order, flips and crops of a training epoch over `count` images, from (seed, phase, epoch) alone."""
+    digest = hashlib.sha256(f"{seed} {phase} {epoch}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+    order = torch.randperm(count, generator=generator)
+    flip = torch.randint(2, (count, 1), generator=generator)  # shared by the views of an image
+    top, left = torch.randint(SHIFTS, (2, count, views), generator=generator)  # each view's own
+    return Draws(order, window_rows(flip, top, left))
+
+
+class Images:
+    """One split of a data set on the device.
+
+    Args:
+        pixels: (N, 32, 32, 3) uint8.
+        labels: (N,) int64.
+        statistics: mean and standard deviation of the three channels, in [0, 1].
+    """
+
+    def __init__(self, pixels: Tensor, labels: Tensor, statistics: tuple, device: torch.device | str):
+        self.pixels = pixels.to(device)
+        self.labels = labels.to(device)
+        # repeated for every pixel: elementwise work along one long row is vectorised, along rows of 3 it is not
+        mean, std = (torch.tensor(values).repeat((SIDE + 2 * PAD) ** 2).to(device) for values in statistics)
+        self.mean, self.std = mean, std
+        self.windows = windows().to(device)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def train_batches(self, batch_size: int, views: int, seed: int, phase: str, epoch: int) -> Iterator:
+        """A training epoch: (views (V·B, 3, 32, 32) float32, view fastest; labels (B,)), the last batch smaller.
+
+        `views` is 1 (flip and crop) or 4 (rotated by 0, 90, 180, 270 degrees, sharing their flip, not their crop).
+        """
+        draws = draw(len(self), views, seed, phase, epoch)
+        order, window = (x.to(self.labels.device) for x in draws)
+        for i in range(0, len(self), batch_size):
+            rows = order[i : i + batch_size]
+            yield self.views(rows, window[i : i + batch_size]), self.labels[rows]
+
+    def test_batches(self, batch_size: int, views: int) -> Iterator:
+        """The images in their own order, rotated if `views` is 4, not flipped, not cropped; shapes as in training."""
+        rows = torch.arange(len(self), device=self.labels.device)
+        centre = torch.full((len(self), views), PAD, device=rows.device)
+        window = window_rows(torch.zeros_like(rows).unsqueeze(1), centre, centre)
+        for i in range(0, len(self), batch_size):
+            yield self.views(rows[i : i + batch_size], window[i : i + batch_size]), self.labels[i : i + batch_size]
+
+    def views(self, rows: Tensor, window: Tensor) -> Tensor:
+        """Normalised views of the images `rows` (B,) as `window` (B, V) says: (V·B, 3, 32, 32), channels last."""
+        return cut(self.normalise(pad(self.pixels[rows])), self.windows, window)
+
+    def normalise(self, padded: Tensor) -> Tensor:
+        """(B, 40, 40, 3) uint8 → float32 with mean 0 and deviation 1 over the data set, as torchvision computes it."""
+        return padded.flatten(1).float().div_(255).sub_(self.mean).div_(self.std).view(padded.shape)
+
+
+def pad(pixels: Tensor) -> Tensor:
+    """(B, 32, 32, 3) → (B, 40, 40, 3) with a black border."""
+    return F.pad(pixels, (0, 0, PAD, PAD, PAD, PAD))
+
+
+def cut(padded: Tensor, windows: Tensor, window: Tensor) -> Tensor:
+    """The views `window` (B, V) of padded images (B, 40, 40, 3): (V·B, 3, 32, 32), view fastest, channels last.
+
+    One gather of whole pixels. It comes after normalising because a batch has 1600 B pixels before it and 4096 B after.
+    """
+    count, height, width, channels = padded.shape
+    first = torch.arange(count, device=padded.device) * (height * width)
+    pixel = windows[window] + first.view(-1, 1, 1)  # B x V x 1024
+    chosen = padded.reshape(-1, channels).index_select(0, pixel.flatten())
+    return chosen.view(-1, SIDE, SIDE, channels).permute(0, 3, 1, 2)
+
+
+def load(
+    name: str,
+    root: str | Path,
+    device: torch.device | str,
+    train_size: int | None = None,
+    test_size: int | None = None,
+    url: str | None = None,
+) -> tuple[Images, Images]:
+    """The training and the test split of data set `name`, each its first `train_size` or `test_size` images.
+
+    `url` is a mirror of the archive (for Fashion-MNIST: of the folder that holds its four).
+
+    Raises:
+        DataError: the files are missing or damaged and could not be downloaded; fewer images than asked for.
+    """
+    splits = []
+    for train, size in ((True, train_size), (False, test_size)):
+        pixels, labels = synthetic(train) if name == "synthetic" else _read(name, root, train, url)
+        if size is not None and not 1 <= size <= len(pixels):
+            split = "train" if train else "test"
+            raise DataError(
+                f"--{split}-size {size}: {name} has {len(pixels)} {split}ing images; choose 1 to {len(pixels)}"
+            )
+        splits.append(Images(pixels[:size], labels[:size], STATISTICS[name], device))
+    return splits[0], splits[1]
+
+
+def _read(name: str, root: str | Path, train: bool, url: str | None) -> tuple[Tensor, Tensor]:
+    """Pixels (N, 32, 32, 3) uint8 and labels (N,) through torchvision, which downloads and checks the files."""
+    dataset = {"cifar100": tv.CIFAR100, "cifar10": tv.CIFAR10, "fashion_mnist": tv.FashionMNIST}[name]
+    if url is not None:
+        mirror = {"mirrors": [url.rstrip("/") + "/"]} if name == "fashion_mnist" else {"url": url}
+        dataset = type(dataset.__name__, (dataset,), mirror)  # keeps the md5 sums; the name is part of the path
+    try:
+        data = dataset(str(root), train=train, download=True)
+    except Exception as error:  # torchvision, urllib, tarfile, gzip and pickle each raise their own
+        place = Path(root) / ("FashionMNIST/raw" if name == "fashion_mnist" else "")
+        files = "its four .gz files" if name == "fashion_mnist" else dataset.filename
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(
+            f"{name} could not be read from or downloaded to {root} ({reason}); put {files} into {place}, "
+            "or name a mirror with --data-url"
+        ) from error
+    pixels = torch.as_tensor(data.data)
+    if pixels.dim() == 3:  # grey 28 × 28 → three equal channels of 32 × 32
+        pixels = F.pad(pixels, (2, 2, 2, 2)).unsqueeze(3).expand(-1, -1, -1, 3).contiguous()
+    return pixels, torch.as_tensor(data.targets)
+
+
+def synthetic(train: bool) -> tuple[Tensor, Tensor]:
+    """A stand-in for CIFAR-100 that needs no file: accuracy on it means nothing.
+
+    100 classes = 5 shapes × 5 hues × 4 textures, drawn at random place, size and brightness on a noisy background.
+
+    Returns:
+        10,000 (training) or 2,000 (test) images (N, 32, 32, 3) uint8 and labels (N,), always the same.
+    """
+    count, rng = (10_000, np.random.default_rng(1)) if train else (2_000, np.random.default_rng(2))
+    labels = rng.permutation(np.arange(count) % 100)
+    shape, hue, texture = labels % 5, labels // 5 % 5, labels // 25
+    y, x = np.mgrid[:SIDE, :SIDE].astype(np.float32)
+    radius = rng.uniform(5, 11, count).astype(np.float32)
+    centre = rng.uniform(radius, SIDE - 1 - radius, (2, count)).astype(np.float32)
+    v, u = ((axis - c[:, None, None]) / radius[:, None, None] for axis, c in zip((y, x), centre, strict=True))
+
+    distance, box = np.hypot(u, v), np.maximum(np.abs(u), np.abs(v))
+    outlines = [
+        distance < 1,  # disc
+        box < 0.85,  # square
+        (v < 0.8) & (v > 2 * np.abs(u) - 1),  # triangle
+        (distance < 1) & (distance > 0.55),  # ring
+        (box < 1) & (np.minimum(np.abs(u), np.abs(v)) < 0.35),  # cross
+    ]
+    inside = np.choose(shape[:, None, None], outlines)
+    wave = rng.uniform(0, 2 * np.pi, count).astype(np.float32)[:, None, None]
+    textures = [
+        np.ones_like(u),
+        np.sin(1.6 * y + wave),
+        np.sin(1.6 * x + wave),
+        np.sin(1.6 * x + wave) * np.sin(1.6 * y),
+    ]
+    shade = 1 - 0.35 * (1 - np.choose(texture[:, None, None], textures))
+
+    angle = 2 * np.pi * (hue[:, None] / 5 + np.arange(3) / 3) + rng.normal(0, 0.15, (count, 1))
+    colour = (0.5 + 0.35 * np.cos(angle)) * rng.uniform(0.7, 1.2, (count, 1))
+    ground = rng.uniform(0.2, 0.7, (count, 1, 1, 3)).astype(np.float32)
+    picture = np.where(inside[..., None], shade[..., None] * colour[:, None, None].astype(np.float32), ground)
+    picture += rng.normal(0, 0.08, picture.shape).astype(np.float32)
+    return torch.from_numpy((picture.clip(0, 1) * 255).astype(np.uint8)), torch.from_numpy(labels)

@@ -1,0 +1,55 @@
+"""The model zoo: 25 networks for 3x32x32 images, with the names, initial values and outputs of the published code.
+
+    from models import load, model_dict
+
+    model = model_dict["wrn_40_2"](num_classes=100)
+    logits = model(x)                                 # (N, 3, 32, 32) -> (N, 100)
+    features, logits = model(x, is_feat=True)         # features[-1]: (N, D), the classifier's input
+    features, logits = model(x, is_feat=True, preact=True)  # features before the last ReLU of their stage
+    teacher = load("experiments/teacher_wrn_40_2_seed0")
+
+All keep channels_last if given it, and can be traced by torch.fx and torch.compile.
+"""
+
+from functools import partial
+
+from .checkpoint import find_arch, find_checkpoint, load
+from .mobilenetv2 import MobileNetV2
+from .resnet import ResNet
+from .resnet50 import ResNet50
+from .shufflenetv1 import ShuffleNetV1
+from .shufflenetv2 import ShuffleNetV2
+from .vgg import VGG
+from .wrn import WideResNet
+
+__all__ = ["find_arch", "find_checkpoint", "load", "model_dict"]
+
+_X1, _X4, _X05, _X0375 = (16, 16, 32, 64), (32, 64, 128, 256), (8, 8, 16, 32), (6, 6, 12, 24)
+
+model_dict = {
+    "resnet8": partial(ResNet, 8, _X1),
+    "resnet14": partial(ResNet, 14, _X1),
+    "resnet20": partial(ResNet, 20, _X1),
+    "resnet32": partial(ResNet, 32, _X1),
+    "resnet44": partial(ResNet, 44, _X1),
+    "resnet56": partial(ResNet, 56, _X1),
+    "resnet110": partial(ResNet, 110, _X1),
+    "resnet8x4": partial(ResNet, 8, _X4),
+    "resnet32x4": partial(ResNet, 32, _X4),
+    "resnet14x05": partial(ResNet, 14, _X05),
+    "resnet20x05": partial(ResNet, 20, _X05),
+    "resnet20x0375": partial(ResNet, 20, _X0375),
+    "ResNet50": ResNet50,
+    "wrn_16_1": partial(WideResNet, 16, 1),
+    "wrn_16_2": partial(WideResNet, 16, 2),
+    "wrn_40_1": partial(WideResNet, 40, 1),
+    "wrn_40_2": partial(WideResNet, 40, 2),
+    "vgg8": partial(VGG, 8),
+    "vgg11": partial(VGG, 11),
+    "vgg13": partial(VGG, 13),
+    "vgg16": partial(VGG, 16),
+    "vgg19": partial(VGG, 19),
+    "MobileNetV2": MobileNetV2,
+    "ShuffleV1": ShuffleNetV1,
+    "ShuffleV2": ShuffleNetV2,
+}
