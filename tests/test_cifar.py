@@ -1,0 +1,233 @@
+"""cifar.py against NumPy and torchvision."""
+
+import functools
+import gzip
+import hashlib
+import http.server
+import pickle
+import tarfile
+import threading
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from torchvision.transforms import functional as tvf
+
+import cifar
+
+
+def random_pixels(count, seed=0):
+    return torch.from_numpy(np.random.default_rng(seed).integers(0, 256, (count, 32, 32, 3), dtype=np.uint8))
+
+
+def images(count=10):
+    return cifar.Images(random_pixels(count), torch.arange(count), cifar.STATISTICS["cifar100"], "cpu")
+
+
+def decode(window):
+    """(flip, turn, top, left) of a row of `windows`."""
+    return int(window) // 324, int(window) // 81 % 4, int(window) // 9 % 9, int(window) % 9
+
+
+def expected_view(image, flip, turn, top, left):
+    """One view by torchvision and NumPy: (3, 32, 32) uint8."""
+    picture = image.permute(2, 0, 1)
+    if flip:
+        picture = tvf.hflip(picture)
+    picture = torch.from_numpy(np.rot90(picture.permute(1, 2, 0).numpy(), turn).copy()).permute(2, 0, 1)
+    return tvf.crop(tvf.pad(picture, 4), top, left, 32, 32)
+
+
+@pytest.mark.parametrize("turn", range(4))
+@pytest.mark.parametrize("flip", range(2))
+def test_every_view_is_a_flip_a_rotation_and_a_crop(flip, turn):
+    pixels = random_pixels(81)
+    top, left = (x.flatten() for x in torch.meshgrid(torch.arange(9), torch.arange(9), indexing="ij"))
+    window = ((flip * 4 + turn) * 9 + top) * 9 + left
+    views = cifar.cut(cifar.pad(pixels), cifar.windows(), window[:, None])
+    for i in range(81):
+        assert torch.equal(views[i], expected_view(pixels[i], flip, turn, int(top[i]), int(left[i])))
+
+
+@pytest.mark.parametrize("count_views", [1, 4])
+def test_a_training_epoch_equals_torchvision_on_the_same_draws(count_views):
+    data = images()
+    draws = cifar.draw(10, count_views, seed=3, phase="student", epoch=2)
+    batches = list(data.train_batches(4, count_views, 3, "student", 2))
+    assert [len(target) for _, target in batches] == [4, 4, 2]
+    assert torch.equal(torch.cat([target for _, target in batches]), draws.order)
+    views = torch.cat([x for x, _ in batches])
+    for row, window in enumerate(draws.window.flatten()):
+        raw = expected_view(data.pixels[draws.order[row // count_views]], *decode(window))
+        expected = tvf.normalize(raw.float() / 255, *cifar.STATISTICS["cifar100"])
+        assert torch.equal(views[row], expected)
+
+
+def test_test_views_are_whole_images_rotated_as_numpy_rotates():
+    data = images()
+    views = torch.cat([x for x, _ in data.test_batches(4, 4)])
+    labels = torch.cat([target for _, target in data.test_batches(4, 4)])
+    assert torch.equal(labels, torch.arange(10))
+    for row in range(40):
+        turned = np.rot90(data.pixels[row // 4].numpy(), row % 4).copy()
+        expected = tvf.normalize(tvf.to_tensor(turned), *cifar.STATISTICS["cifar100"])
+        assert torch.equal(views[row], expected)
+
+
+def test_views_share_their_flip_but_not_their_crop():
+    window = cifar.draw(500, 4, 0, "student", 1).window
+    flips = window // 324
+    assert (flips == flips[:, :1]).all()
+    assert 0.4 < flips.float().mean() < 0.6
+    assert torch.equal(window // 81 % 4, torch.arange(4).expand(500, 4))
+    crops = window % 81
+    assert set(crops.flatten().tolist()) == set(range(81))
+    assert (crops != crops[:, :1]).any(1).float().mean() > 0.95
+
+
+def test_padding_is_black_before_normalising():
+    data = cifar.Images(torch.full((1, 32, 32, 3), 255).byte(), torch.zeros(1), cifar.STATISTICS["cifar100"], "cpu")
+    view = data.views(torch.tensor([0]), torch.tensor([[0]]))[0]  # the crop that starts in the corner of the border
+    mean, std = (torch.tensor(x) for x in cifar.STATISTICS["cifar100"])
+    assert torch.equal(view[:, 0, 0], -mean / std)
+    assert torch.equal(view[:, 31, 31], (1 - mean) / std)
+
+
+def test_draws_follow_from_seed_phase_and_epoch_alone():
+    torch.manual_seed(1)
+    first = cifar.draw(50, 4, 0, "student", 1)
+    torch.manual_seed(2)
+    again = cifar.draw(50, 4, 0, "student", 1)
+    assert torch.equal(first.order, again.order)
+    assert torch.equal(first.window, again.window)
+    for other in (
+        cifar.draw(50, 4, 1, "student", 1),
+        cifar.draw(50, 4, 0, "ss_head", 1),
+        cifar.draw(50, 4, 0, "student", 2),
+    ):
+        assert not torch.equal(first.order, other.order)
+        assert not torch.equal(first.window, other.window)
+
+
+def test_an_epoch_sees_every_image_once():
+    draws = cifar.draw(1000, 1, 0, "teacher", 1)
+    assert torch.equal(draws.order.sort().values, torch.arange(1000))
+
+
+def test_views_are_channels_last_float32():
+    x, _ = next(images().train_batches(4, 4, 0, "student", 1))
+    assert x.shape == (16, 3, 32, 32)
+    assert x.dtype == torch.float32
+    assert x.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_synthetic_data_is_always_the_same_and_balanced():
+    (pixels, labels), (again, _) = cifar.synthetic(True), cifar.synthetic(True)
+    assert torch.equal(pixels, again)
+    assert pixels.shape == (10_000, 32, 32, 3)
+    assert set(Counter(labels.tolist()).values()) == {100}
+    test_pixels, test_labels = cifar.synthetic(False)
+    assert test_pixels.shape == (2_000, 32, 32, 3)
+    assert set(Counter(test_labels.tolist()).values()) == {20}
+    assert not torch.equal(pixels[:2000], test_pixels)
+
+
+def test_sizes_keep_the_first_images():
+    train, test = cifar.load("synthetic", "nowhere", "cpu", train_size=7, test_size=3)
+    assert torch.equal(train.pixels, cifar.synthetic(True)[0][:7])
+    assert torch.equal(test.labels, cifar.synthetic(False)[1][:3])
+    with pytest.raises(cifar.DataError, match="synthetic has 2000 testing images"):
+        cifar.load("synthetic", "nowhere", "cpu", test_size=2001)
+
+
+@pytest.fixture
+def cifar100_archive(tmp_path, monkeypatch):
+    """A tiny archive in the layout of CIFAR-100, whose md5 sums torchvision is told to expect."""
+    rng = np.random.default_rng(0)
+    contents = {}
+    for name, count in (("train", 6), ("test", 4)):
+        planes = rng.integers(0, 256, (count, 3072), dtype=np.uint8)
+        contents[name] = pickle.dumps({"data": planes, "fine_labels": list(range(count))})
+    contents["meta"] = pickle.dumps({"fine_label_names": [str(i) for i in range(100)]})
+    source = tmp_path / "mirror" / "cifar-100-python"
+    source.mkdir(parents=True)
+    for name, content in contents.items():
+        (source / name).write_bytes(content)
+    archive = tmp_path / "mirror" / "cifar-100-python.tar.gz"
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(source, "cifar-100-python")
+
+    def md5(content):
+        return hashlib.md5(content).hexdigest()
+
+    dataset = cifar.tv.CIFAR100
+    monkeypatch.setattr(dataset, "url", "file:///nowhere/cifar-100-python.tar.gz")
+    monkeypatch.setattr(dataset, "tgz_md5", md5(archive.read_bytes()))
+    monkeypatch.setattr(dataset, "train_list", [["train", md5(contents["train"])]])
+    monkeypatch.setattr(dataset, "test_list", [["test", md5(contents["test"])]])
+    monkeypatch.setattr(dataset, "meta", {"filename": "meta", "key": "fine_label_names", "md5": md5(contents["meta"])})
+    return archive, pickle.loads(contents["train"])["data"]
+
+
+def test_an_archive_put_into_the_data_root_is_read(cifar100_archive, tmp_path):
+    archive, planes = cifar100_archive
+    root = tmp_path / "data"
+    root.mkdir()
+    (root / archive.name).write_bytes(archive.read_bytes())
+    train, test = cifar.load("cifar100", root, "cpu")
+    assert (len(train), len(test)) == (6, 4)
+    assert np.array_equal(train.pixels.numpy(), planes.reshape(6, 3, 32, 32).transpose(0, 2, 3, 1))
+    assert train.labels.tolist() == [0, 1, 2, 3, 4, 5]
+
+
+@pytest.fixture
+def mirror(cifar100_archive):
+    """A web server on this machine with the archive; its address."""
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(cifar100_archive[0].parent))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/cifar-100-python.tar.gz"
+        server.shutdown()
+
+
+def test_a_mirror_serves_the_archive(mirror, tmp_path, capfd):
+    train, _ = cifar.load("cifar100", tmp_path / "data", "cpu", url=mirror)
+    assert len(train) == 6
+
+
+def test_missing_data_says_where_the_archive_goes(cifar100_archive, tmp_path, capfd):
+    with pytest.raises(cifar.DataError, match=r"cifar-100-python\.tar\.gz.*--data-url"):
+        cifar.load("cifar100", tmp_path / "empty", "cpu")
+
+
+def test_a_mirror_with_other_content_is_refused(cifar100_archive, mirror, tmp_path, capfd):
+    archive, _ = cifar100_archive
+    archive.write_bytes(archive.read_bytes() + b"more")
+    with pytest.raises(cifar.DataError, match="corrupted"):
+        cifar.load("cifar100", tmp_path / "data", "cpu", url=mirror)
+
+
+def fashion_file(path, magic, shape, values):
+    header = magic.to_bytes(4, "big") + b"".join(n.to_bytes(4, "big") for n in shape)
+    path.write_bytes(header + values.tobytes())
+
+
+def test_fashion_mnist_becomes_32_pixels_and_three_equal_channels(tmp_path):
+    raw = tmp_path / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    grey = rng.integers(0, 256, (5, 28, 28), dtype=np.uint8)
+    for split in ("train", "t10k"):
+        fashion_file(raw / f"{split}-images-idx3-ubyte", 2051, (5, 28, 28), grey)
+        fashion_file(raw / f"{split}-labels-idx1-ubyte", 2049, (5,), np.arange(5, dtype=np.uint8))
+    train, _ = cifar.load("fashion_mnist", tmp_path, "cpu")
+    expected = np.pad(grey, ((0, 0), (2, 2), (2, 2)))
+    for channel in range(3):
+        assert np.array_equal(train.pixels[..., channel].numpy(), expected)
+    assert train.labels.tolist() == [0, 1, 2, 3, 4]
+
+    with gzip.open(raw / "train-images-idx3-ubyte", "wb") as file:  # not what it should be
+        file.write(b"damaged")
+    with pytest.raises(cifar.DataError, match="fashion_mnist could not be read"):
+        cifar.load("fashion_mnist", tmp_path, "cpu")

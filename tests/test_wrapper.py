@@ -1,0 +1,69 @@
+"""wrapper.py: the SS head, gradients through it, and the folded teacher."""
+
+import pytest
+import torch
+from oracle import fill
+from torch import nn
+
+import models
+from wrapper import Wrapper, fold_batch_norms
+
+
+def images(count=4):
+    x = torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    return x.to(memory_format=torch.channels_last)
+
+
+def test_the_head_is_a_two_layer_projection_of_the_last_feature():
+    wrapper = Wrapper(models.model_dict["vgg8"](num_classes=10)).eval()
+    assert [type(layer) for layer in wrapper.proj_head] == [nn.Linear, nn.ReLU, nn.Linear]
+    logits, embedding, feature = wrapper(images())
+    assert logits.shape == (4, 10)
+    assert embedding.shape == feature.shape == (4, 512)
+    features, expected = wrapper.backbone(images(), is_feat=True)
+    torch.testing.assert_close(logits, expected)
+    first, last = wrapper.proj_head[0], wrapper.proj_head[2]
+    by_hand = (features[-1] @ first.weight.T + first.bias).clamp(min=0) @ last.weight.T + last.bias
+    torch.testing.assert_close(embedding, by_hand, rtol=1e-4, atol=1e-6)
+
+
+def test_without_backbone_gradients_only_the_head_learns():
+    wrapper = Wrapper(models.model_dict["resnet8"]())
+    logits, embedding, feature = wrapper(images(), bb_grad=False)
+    assert not logits.requires_grad
+    assert not feature.requires_grad
+    embedding.sum().backward()
+    assert all(parameter.grad is None for parameter in wrapper.backbone.parameters())
+    assert all(parameter.grad is not None for parameter in wrapper.proj_head.parameters())
+    wrapper(images())[1].sum().backward()
+    assert wrapper.backbone.conv1.weight.grad is not None
+
+
+@pytest.mark.parametrize("arch", models.model_dict)
+def test_the_folded_teacher_equals_the_plain_one(arch):
+    teacher = fill(Wrapper(models.model_dict[arch]())).to(memory_format=torch.channels_last).eval()
+    folded = fold_batch_norms(teacher)
+    with torch.inference_mode():
+        for plain, fast in zip(teacher(images()), folded(images()), strict=True):
+            assert (plain - fast).norm() <= 1e-4 * plain.norm()
+
+
+def test_folding_removes_every_batch_norm_but_those_that_read_a_sum():
+    def norms(arch):
+        backbone = fold_batch_norms(Wrapper(models.model_dict[arch]())).backbone
+        called = [backbone.get_submodule(node.target) for node in backbone.graph.nodes if node.op == "call_module"]
+        return sum(isinstance(module, nn.BatchNorm2d) for module in called)
+
+    assert norms("resnet56") == norms("ResNet50") == norms("vgg13") == norms("ShuffleV2") == 0
+    assert norms("wrn_40_2") == 18  # of 37: each of 18 blocks begins with one, the first of which follows the stem
+
+
+def test_folding_leaves_the_teacher_as_it_was_and_shares_its_head():
+    teacher = Wrapper(models.model_dict["resnet8"]())
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    folded = fold_batch_norms(teacher)
+    assert folded.proj_head is teacher.proj_head
+    assert not any(parameter.requires_grad for parameter in folded.backbone.parameters())
+    assert all(parameter.requires_grad for parameter in teacher.parameters())
+    for name, value in teacher.state_dict().items():
+        assert torch.equal(value, before[name])
