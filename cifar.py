@@ -152,10 +152,12 @@ def load(
     Raises:
         DataError: the files are missing or damaged and could not be downloaded; fewer images than asked for.
     """
+    if name == "synthetic":
+        print("data: synthetic shapes; accuracy means nothing", flush=True)
     splits = []
     for train, size in ((True, train_size), (False, test_size)):
-        pixels, labels = synthetic(train) if name == "synthetic" else _read(name, root, train, url)
-        if size is not None and not 1 <= size <= len(pixels):
+        pixels, labels = synthetic(train, size) if name == "synthetic" else _read(name, root, train, url)
+        if size is not None and size > len(pixels):
             split = "train" if train else "test"
             raise DataError(
                 f"--{split}-size {size}: {name} has {len(pixels)} {split}ing images; choose 1 to {len(pixels)}"
@@ -186,22 +188,26 @@ def _read(name: str, root: str | Path, train: bool, url: str | None) -> tuple[Te
     return pixels, torch.as_tensor(data.targets)
 
 
-def synthetic(train: bool) -> tuple[Tensor, Tensor]:
+def synthetic(train: bool, size: int | None = None) -> tuple[Tensor, Tensor]:
     """A stand-in for CIFAR-100 that needs no file: accuracy on it means nothing.
 
     100 classes = 5 shapes × 5 hues × 4 textures, drawn at random place, size and brightness on a noisy background.
 
     Returns:
-        10,000 (training) or 2,000 (test) images (N, 32, 32, 3) uint8 and labels (N,), always the same.
+        The first `size` of 10,000 (training) or 2,000 (test) images (N, 32, 32, 3) uint8 and their labels (N,), which
+        are always the same.
     """
     count, rng = (10_000, np.random.default_rng(1)) if train else (2_000, np.random.default_rng(2))
-    labels = rng.permutation(np.arange(count) % 100)
-    shape, hue, texture = labels % 5, labels // 5 % 5, labels // 25
+    labels = rng.permutation(np.arange(count) % 100)[:size]
+    # radius, place of the centre, phase of the texture, brightness, colour of the ground, shift of the hue
+    random = rng.random((count, 9), np.float32)[:size].T[..., None, None]
+    radius, wave = 5 + 6 * random[0], 2 * np.pi * random[3]
     y, x = np.mgrid[:SIDE, :SIDE].astype(np.float32)
-    radius = rng.uniform(5, 11, count).astype(np.float32)
-    centre = rng.uniform(radius, SIDE - 1 - radius, (2, count)).astype(np.float32)
-    v, u = ((axis - c[:, None, None]) / radius[:, None, None] for axis, c in zip((y, x), centre, strict=True))
+    v, u = (
+        (axis - radius - place * (SIDE - 1 - 2 * radius)) / radius for axis, place in ((y, random[1]), (x, random[2]))
+    )
 
+    shape, hue, texture = labels % 5, labels // 5 % 5, labels // 25
     distance, box = np.hypot(u, v), np.maximum(np.abs(u), np.abs(v))
     outlines = [
         distance < 1,  # disc
@@ -211,7 +217,6 @@ def synthetic(train: bool) -> tuple[Tensor, Tensor]:
         (box < 1) & (np.minimum(np.abs(u), np.abs(v)) < 0.35),  # cross
     ]
     inside = np.choose(shape[:, None, None], outlines)
-    wave = rng.uniform(0, 2 * np.pi, count).astype(np.float32)[:, None, None]
     textures = [
         np.ones_like(u),
         np.sin(1.6 * y + wave),
@@ -220,9 +225,9 @@ def synthetic(train: bool) -> tuple[Tensor, Tensor]:
     ]
     shade = 1 - 0.35 * (1 - np.choose(texture[:, None, None], textures))
 
-    angle = 2 * np.pi * (hue[:, None] / 5 + np.arange(3) / 3) + rng.normal(0, 0.15, (count, 1))
-    colour = (0.5 + 0.35 * np.cos(angle)) * rng.uniform(0.7, 1.2, (count, 1))
-    ground = rng.uniform(0.2, 0.7, (count, 1, 1, 3)).astype(np.float32)
-    picture = np.where(inside[..., None], shade[..., None] * colour[:, None, None].astype(np.float32), ground)
-    picture += rng.normal(0, 0.08, picture.shape).astype(np.float32)
+    angle = 2 * np.pi * ((hue + 0.4 * random[8, :, 0, 0])[:, None] / 5 + np.arange(3) / 3)
+    colour = (0.5 + 0.35 * np.cos(angle))[:, None, None] * (0.7 + 0.5 * random[4, ..., None])
+    ground = 0.2 + 0.5 * np.moveaxis(random[5:8], 0, -1)
+    picture = np.where(inside[..., None], shade[..., None] * colour, ground).astype(np.float32)
+    picture += 0.08 * rng.standard_normal(picture.shape, np.float32)  # last: the first images do not depend on `size`
     return torch.from_numpy((picture.clip(0, 1) * 255).astype(np.uint8)), torch.from_numpy(labels)

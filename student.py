@@ -139,13 +139,16 @@ def train_ss_head(
     optimizer, scheduler = utils.make_sgd(head.parameters(), args, args.t_lr, args.t_milestones)
     first, lines = 1, []
     if run.last:
-        head.load_state_dict(run.last["head"])
-        utils.restore_optimizer(run.last["optimisation"], optimizer, scheduler, precision)
-        first, lines = run.last["epoch"] + 1, run.last["lines"]
+        with utils.restoring(run.ckpt / "last.pth"):
+            head.load_state_dict(run.last["head"])
+            utils.restore_optimizer(run.last["optimisation"], optimizer, scheduler, precision)
+            first, lines = run.last["epoch"] + 1, run.last["lines"]
     elif kept.exists():
         saved = utils.read(kept)
-        head.load_state_dict(saved["state_dict"])
-        for epoch, line in enumerate(saved["lines"], 1):
+        with utils.restoring(kept):
+            head.load_state_dict(saved["state_dict"])
+            lines = [{str(tag): float(value) for tag, value in line.items()} for line in saved["lines"]]
+        for epoch, line in enumerate(lines, 1):
             run.record("ss_head", epoch, line)
         print(f"SS head: read from {kept}, trained before on the same teacher, data and flags", flush=True)
         return
@@ -217,9 +220,10 @@ def distil(args: Namespace, run: utils.Run, teacher: Wrapper, data: Data, precis
     optimizer, scheduler = utils.make_sgd(student.parameters(), args, args.lr, args.milestones)
     first, best = 1, {"acc": -1.0, "epoch": 0}
     if run.last and run.last["phase"] == "student":
-        student.load_state_dict(run.last["student"])
-        utils.restore_optimizer(run.last["optimisation"], optimizer, scheduler, precision)
-        first, best, acc = run.last["epoch"] + 1, run.last["best"], run.last["acc"]
+        with utils.restoring(run.ckpt / "last.pth"):
+            student.load_state_dict(run.last["student"])
+            utils.restore_optimizer(run.last["optimisation"], optimizer, scheduler, precision)
+            first, best, acc = run.last["epoch"] + 1, run.last["best"], run.last["acc"]
 
     for epoch in range(first, args.epoch + 1):
         student.train()
@@ -265,7 +269,9 @@ def main(argv: list[str] | None = None) -> None:
     print(f"teacher: {checkpoint}, test accuracy {acc:.2f}", flush=True)
     frozen = fold_batch_norms(teacher)  # the SS head is the same one in both
     if run.last and run.last["phase"] == "student":
-        teacher.load_state_dict(utils.read(run.ckpt / "teacher.pth"))
+        saved = utils.read(run.ckpt / "teacher.pth")
+        with utils.restoring(run.ckpt / "teacher.pth"):
+            teacher.load_state_dict(saved)
     else:
         kept = checkpoint.parent / f"ss_head_{ss_head_key(args, fingerprint, device)}.pth"
         train_ss_head(args, run, frozen, data, precision, kept)

@@ -63,9 +63,10 @@ def train(args: Namespace) -> None:
     optimizer, scheduler = utils.make_sgd(model.parameters(), args, args.lr, args.milestones)
     first, best = 1, {"acc": -1.0, "epoch": 0}
     if run.last:
-        model.load_state_dict(run.last["model"])
-        utils.restore_optimizer(run.last["optimisation"], optimizer, scheduler, precision)
-        first, best, acc = run.last["epoch"] + 1, run.last["best"], run.last["acc"]
+        with utils.restoring(run.ckpt / "last.pth"):
+            model.load_state_dict(run.last["model"])
+            utils.restore_optimizer(run.last["optimisation"], optimizer, scheduler, precision)
+            first, best, acc = run.last["epoch"] + 1, run.last["best"], run.last["acc"]
 
     for epoch in range(first, args.epoch + 1):
         meter = utils.Meter(device, f"teacher epoch {epoch}")

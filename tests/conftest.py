@@ -1,0 +1,85 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import student
+import teacher
+
+ROOT = Path(__file__).parent.parent
+TINY = ["--dataset", "synthetic", "--train-size", "48", "--test-size", "40", "--batch-size", "16"]
+TINY += ["--epoch", "3", "--milestones", "2"]
+TINY_STUDENT = [*TINY, "--t-epoch", "2", "--t-milestones", "1", "--s-arch", "resnet8x4"]
+
+
+def run_script(*command, cwd, **kwargs):
+    """A script of the repository as a user runs it; warnings are errors."""
+    script, *flags = (str(word) for word in command)
+    return subprocess.run(
+        [sys.executable, "-W", "error", ROOT / script, *flags], cwd=cwd, capture_output=True, text=True, **kwargs
+    )
+
+
+def contents(folder):
+    """Everything a run leaves that has to repeat: all files but the events, without times."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_dir() or path.name == ".lock" or path.parent.name == "events":
+            continue
+        if path.suffix == ".json":
+            values = json.loads(path.read_text())
+            found[path.name] = {k: v for k, v in values.items() if k not in ("seconds", "started", "command")}
+        elif path.suffix == ".pth":
+            found[path.name] = plain(torch.load(path, weights_only=True))
+        else:
+            found[path.name] = path.read_bytes()
+    return found
+
+
+def plain(value):
+    """A checkpoint's content in a form that == compares bit for bit; times and sizes left out."""
+    if isinstance(value, torch.Tensor):
+        return value.dtype, tuple(value.shape), value.contiguous().numpy().tobytes()
+    if isinstance(value, dict):
+        return {name: plain(part) for name, part in value.items() if name not in ("seconds", "sizes")}
+    return [plain(part) for part in value] if isinstance(value, list | tuple) else value
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory):
+    """A tiny teacher and its student, trained from the command line, nothing in between going wrong."""
+    cwd = tmp_path_factory.mktemp("runs")
+    trained = run_script("teacher.py", "--arch", "resnet8", *TINY, cwd=cwd)
+    assert (trained.returncode, trained.stderr) == (0, "")
+    teacher_folder = cwd / "experiments" / "teacher_resnet8_seed0"
+    distilled = run_script("student.py", "--t-path", teacher_folder, *TINY_STUDENT, cwd=cwd)
+    assert (distilled.returncode, distilled.stderr) == (0, "")
+    (student_folder,) = (cwd / "experiments").glob("sskd_student_*")
+    return SimpleNamespace(
+        cwd=cwd, teacher=teacher_folder, student=student_folder, outputs=[trained.stdout, distilled.stdout]
+    )
+
+
+@pytest.fixture
+def fails(capsys):
+    """Runs an entry in this process, which has to end in one line and write nothing; returns that line."""
+
+    def check(main, *flags, status=2):
+        with pytest.raises(SystemExit) as end:
+            main([str(flag) for flag in flags])
+        error = capsys.readouterr().err
+        assert end.value.code == status, error
+        assert len(error.strip().splitlines()) == 1, error
+        assert "Traceback" not in error
+        return error
+
+    return check
+
+
+@pytest.fixture
+def entries():
+    return {"teacher.py": teacher.main, "student.py": student.main}

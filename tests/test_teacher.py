@@ -1,0 +1,81 @@
+"""teacher.py from the command line."""
+
+import json
+
+import pytest
+import torch
+from conftest import TINY, run_script
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import teacher
+
+
+def test_a_run_leaves_what_the_design_promises(runs):
+    files = {path.name for path in (runs.teacher / "ckpt").iterdir() if not path.name.startswith("ss_head_")}
+    assert files == {"best.pth", "last.pth", "002.pth", "003.pth"}
+    best = torch.load(runs.teacher / "ckpt" / "best.pth", weights_only=True)
+    result = json.loads((runs.teacher / "result.json").read_text())
+    assert set(best) == {"epoch", "state_dict", "acc"}
+    assert (best["acc"], best["epoch"]) == (result["best_acc"], result["best_epoch"])
+    assert result["epochs"] == 3
+    assert result["seconds"] > 0
+    config = json.loads((runs.teacher / "config.json").read_text())
+    assert config["flags"]["arch"] == "resnet8"
+    assert config["torch"] == torch.__version__
+    lines = [json.loads(line) for line in (runs.teacher / "log.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [1, 2, 3]
+    assert max(line["val/cls_acc"] for line in lines) == result["best_acc"]
+    assert lines[-1]["val/cls_acc"] == result["last_acc"]
+
+
+def test_tensorboard_reads_the_curves(runs):
+    events = EventAccumulator(str(runs.teacher / "events")).Reload()
+    assert set(events.Tags()["scalars"]) == {"train/cls_loss", "train/cls_acc", "val/cls_loss", "val/cls_acc"}
+    lines = [json.loads(line) for line in (runs.teacher / "log.jsonl").read_text().splitlines()]
+    for tag in events.Tags()["scalars"]:
+        points = events.Scalars(tag)
+        assert [point.step for point in points] == [1, 2, 3]
+        assert [point.value for point in points] == pytest.approx([line[tag] for line in lines])
+
+
+def test_the_terminal_gets_one_line_an_epoch_and_a_word_on_synthetic_data(runs):
+    lines = runs.outputs[0].splitlines()
+    assert sum(line.startswith("teacher ") for line in lines) == 3
+    assert any("accuracy means nothing" in line for line in lines)
+    assert lines[0].startswith("device: ")
+
+
+def test_evaluate_gives_the_accuracies_that_the_runs_reported(runs, capsys):
+    for folder, network in ((runs.teacher, "best.pth"), (runs.student, "student_best.pth")):
+        reported = json.loads((folder / "result.json").read_text())["best_acc"]
+        for path in (folder, folder / "ckpt" / network):
+            teacher.main(["--evaluate", str(path), *TINY])
+            assert f"test accuracy {reported:.2f} %" in capsys.readouterr().out
+
+
+def test_the_learning_rate_falls_after_the_milestones(runs):
+    last = torch.load(runs.teacher / "ckpt" / "last.pth", weights_only=True)
+    assert last["optimisation"]["optimizer"]["param_groups"][0]["lr"] == pytest.approx(0.005)
+
+
+def test_the_same_flags_train_the_same_network(runs, tmp_path):
+    again = run_script("teacher.py", "--arch", "resnet8", *TINY, cwd=tmp_path)
+    assert again.returncode == 0
+    for name in ("log.jsonl", "ckpt/best.pth"):
+        first, second = (folder / name for folder in (runs.teacher, tmp_path / "experiments" / runs.teacher.name))
+        assert first.read_bytes() == second.read_bytes(), name
+
+
+def test_a_finished_run_says_so_and_trains_nothing(runs, monkeypatch, capsys):
+    monkeypatch.chdir(runs.cwd)
+    before = (runs.teacher / "ckpt" / "last.pth").stat().st_mtime_ns
+    teacher.main(["--arch", "resnet8", *TINY])
+    assert "is finished" in capsys.readouterr().out
+    assert (runs.teacher / "ckpt" / "last.pth").stat().st_mtime_ns == before
+
+
+def test_half_precision_and_deterministic_runs_work(tmp_path):
+    flags = ["--arch", "resnet8", *TINY, "--epoch", "1", "--milestones", "1"]
+    for seed, more in enumerate((["--amp", "bf16"], ["--amp", "fp16"], ["--deterministic"])):
+        done = run_script("teacher.py", *flags, *more, "--seed", seed, cwd=tmp_path)
+        assert (done.returncode, done.stderr) == (0, "")

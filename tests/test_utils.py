@@ -1,0 +1,530 @@
+"""utils: meters, files, and what a run survives: kills, full disks, signals, damaged files, bad flags."""
+
+import errno
+import io
+import json
+import os
+import pickle
+import queue
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, TINY, TINY_STUDENT, contents, run_script
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import cifar
+import student
+import teacher
+import utils
+
+CPU = torch.device("cpu")
+SHORT = ["--dataset", "synthetic", "--train-size", "4", "--test-size", "4", "--batch-size", "4"]
+SHORT += ["--epoch", "1", "--milestones", "1"]
+SHORT_STUDENT = [*SHORT, "--s-arch", "resnet8", "--t-epoch", "1", "--t-milestones", "1"]
+
+
+def curves(folder):
+    events = EventAccumulator(str(folder / "events")).Reload()
+    return {tag: [(p.step, p.value) for p in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+# ------------------------------------------------------------------------------------------------------------- meters
+
+
+def test_a_meter_weighs_by_rows():
+    meter = utils.Meter(CPU, "epoch 1")
+    meter.add(3, a=torch.tensor(1.0), b=torch.tensor(10.0))
+    meter.add(1, a=torch.tensor(5.0), b=torch.tensor(20.0))
+    assert meter.means() == {"a": 2.0, "b": 12.5}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_meter_names_the_first_step_and_term_that_are_not_finite(value):
+    meter = utils.Meter(CPU, "student epoch 7")
+    for step in range(1, 6):
+        meter.add(2, ce=torch.tensor(1.0), kd=torch.tensor(value if step == 3 else 1.0))
+    with pytest.raises(utils.Fault, match=r"student epoch 7, step 3: kd is not finite"):
+        meter.means()
+
+
+def test_accuracy_is_exact():
+    scores = torch.eye(7)[[0, 1, 2, 3, 4, 5, 0]]
+    assert utils.accuracy(scores, torch.arange(7)).item() == pytest.approx(600 / 7, rel=1e-15)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_leaves_the_checkpoint_before_it(tmp_path, monkeypatch, capsys):
+    flags = [*TINY, "--arch", "resnet8", "--experiments", str(tmp_path)]
+    finite = teacher.make_loss
+    epochs = []
+
+    def bad_in_the_second_epoch(model, precision):
+        loss_of = finite(model, precision)
+
+        def spoilt(x, target):
+            epochs.append(1)
+            loss, logged = loss_of(x, target)
+            return (
+                (loss, logged)
+                if len(epochs) != 5
+                else (loss * float("nan"), {**logged, "cls_loss": loss * float("nan")})
+            )
+
+        return spoilt
+
+    monkeypatch.setattr(teacher, "make_loss", bad_in_the_second_epoch)
+    with pytest.raises(SystemExit) as end:
+        teacher.main(flags)
+    error = capsys.readouterr().err
+    assert end.value.code == 1
+    assert "teacher epoch 2, step 2: cls_loss is not finite" in error
+    assert len(error.splitlines()) == 1
+    last = torch.load(tmp_path / "teacher_resnet8_seed0" / "ckpt" / "last.pth", weights_only=True)
+    assert last["epoch"] == 1
+    assert all(torch.isfinite(value).all() for value in last["model"].values())
+
+
+# -------------------------------------------------------------------------------------------------------------- files
+
+
+def test_a_failed_write_leaves_the_file_as_it_was(tmp_path, monkeypatch):
+    path = tmp_path / "best.pth"
+    utils.save(path, {"epoch": 1})
+
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(utils.Fault, match="No space left on device"):
+        utils.save(path, {"epoch": 2})
+    assert utils.read(path) == {"epoch": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["best.pth"]
+
+
+def test_half_a_log_line_is_noticed(tmp_path, monkeypatch):
+    class Half(io.FileIO):
+        def write(self, content):
+            return super().write(content[: len(content) // 2])
+
+    monkeypatch.setattr("builtins.open", lambda path, mode, buffering: Half(path, mode.replace("b", "")))
+    with pytest.raises(utils.Fault, match="log.jsonl could not be written"):
+        utils.append(tmp_path / "log.jsonl", b"a line\n")
+
+
+def unreadable(folder):
+    """The checkpoints in a folder that cannot be read back."""
+    bad = []
+    for path in folder.rglob("*.pth"):
+        try:
+            torch.load(path, weights_only=True)
+        except Exception as error:
+            bad.append((path, error))
+    return bad
+
+
+def end_of(main, flags):
+    """Exit status of an entry in this process."""
+    try:
+        main(flags)
+    except SystemExit as end:
+        return end.code
+    return 0
+
+
+@pytest.mark.parametrize("script", ["teacher.py", "student.py"])
+def test_a_write_that_fails_anywhere_never_costs_a_checkpoint(script, runs, entries, tmp_path, monkeypatch, capsys):
+    """Every single write of a short run fails once; the same command then ends as if nothing had been."""
+    real, left = os.fsync, [0]
+
+    def failing(handle):
+        left[0] -= 1
+        if left[0] == 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(handle)
+
+    def run(root):
+        """Exit status; a student gets a copy of the teacher of its own, for it keeps its SS head there."""
+        flags = ["--arch", "resnet8", *SHORT, "--experiments", str(root)]
+        if script == "student.py":
+            (root / runs.teacher.name).mkdir(parents=True, exist_ok=True)
+            shutil.copy(runs.teacher / "ckpt" / "best.pth", root / runs.teacher.name)
+            flags = ["--t-path", str(root / runs.teacher.name), *SHORT_STUDENT, "--experiments", str(root)]
+        return end_of(entries[script], flags)
+
+    monkeypatch.setattr(os, "fsync", failing)
+    assert run(tmp_path / "reference") == 0
+    expected, writes = contents(tmp_path / "reference"), -left[0]
+    assert writes >= 8
+    for number in range(1, writes + 1):
+        root, left[0] = tmp_path / str(number), number
+        capsys.readouterr()
+        status, error = run(root), capsys.readouterr()
+        if status == 0:  # the one write that a run can do without
+            assert "SS head: not kept for later students" in error.out
+            expected_now = {name: value for name, value in expected.items() if not name.startswith("ss_head_")}
+        else:
+            assert status == 1
+            assert "No space left on device" in error.err
+            assert len(error.err.splitlines()) == 1
+            expected_now = expected
+        assert not unreadable(root)
+        assert not list(root.rglob("*.part"))
+        assert run(root) == 0
+        assert contents(root) == expected_now, number
+
+
+def test_a_file_size_limit_ends_the_run_in_one_line(tmp_path):
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # no checkpoint fits
+
+    done = run_script("teacher.py", "--arch", "resnet8", *SHORT, cwd=tmp_path, preexec_fn=limit)
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == [done.stderr.strip()]
+    assert "could not be written: File too large" in done.stderr
+    assert not unreadable(tmp_path)
+    assert run_script("teacher.py", "--arch", "resnet8", *SHORT, cwd=tmp_path).returncode == 0
+
+
+# -------------------------------------------------------------------------------------------------- kills and resuming
+
+
+def same_run(folder, reference):
+    """Whether two run folders hold the same weights, metrics, log and curves."""
+    assert contents(folder) == contents(reference)
+    assert curves(folder) == curves(reference)
+
+
+def test_a_run_killed_again_and_again_ends_like_one_that_never_was(runs, tmp_path):
+    """SIGKILL at every 11th touch of the disk, through all phases, until the same two commands are through."""
+    kills = 0
+    commands = [
+        ("teacher.py", "--arch", "resnet8", *TINY),
+        ("student.py", "--t-path", "experiments/teacher_resnet8_seed0", *TINY_STUDENT),
+    ]
+    for script, *flags in commands:
+        while True:
+            command = [sys.executable, ROOT / "tests" / "killer.py", "11", ROOT / script, *flags]
+            done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+            if done.returncode == 0:
+                break
+            assert done.returncode == -signal.SIGKILL, done.stderr
+            kills += 1
+            assert not unreadable(tmp_path)
+    assert kills >= 4
+    same_run(tmp_path / "experiments" / runs.teacher.name, runs.teacher)
+    same_run(tmp_path / "experiments" / runs.student.name, runs.student)
+
+
+@pytest.mark.slow
+def test_thirty_kills_at_random_moments_change_nothing(runs, tmp_path):
+    """Each round trains teacher and student anew, killed once at a random moment of either, and continues them."""
+    rng = random.Random(0)
+    commands = [
+        ("teacher.py", "--arch", "resnet8", *TINY),
+        ("student.py", "--t-path", "experiments/teacher_resnet8_seed0", *TINY_STUDENT),
+    ]
+    killed = 0
+    for number in range(200):
+        cwd = tmp_path / str(number)
+        cwd.mkdir()
+        for script, *flags in commands:
+            command = [sys.executable, str(ROOT / script), *flags]
+            process = subprocess.Popen(command, cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+            try:
+                process.wait(timeout=rng.uniform(2.0, 6.0))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                killed += 1
+            process.communicate()
+            done = run_script(script, *flags, cwd=cwd)
+            assert (done.returncode, done.stderr) == (0, "")
+        same_run(cwd / "experiments" / runs.teacher.name, runs.teacher)
+        same_run(cwd / "experiments" / runs.student.name, runs.student)
+        if killed >= 30:
+            break
+    assert killed >= 30
+
+
+def start(cwd, *command):
+    script, *flags = command
+    return subprocess.Popen(
+        [sys.executable, ROOT / script, *flags], cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+ENDLESS = ["teacher.py", "--arch", "resnet8", *SHORT, "--epoch", "1000000"]
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_the_run_in_one_line_that_tells_how_to_continue(tmp_path, number, status):
+    process = start(tmp_path, *ENDLESS)
+    while not process.stdout.readline().startswith("teacher 2/"):
+        assert process.poll() is None
+    process.send_signal(number)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == status
+    assert error.splitlines() == [f"teacher.py: stopped by {number.name}; run the same command again to continue"]
+    process = start(tmp_path, *ENDLESS)
+    lines = [process.stdout.readline() for _ in range(4)]
+    process.kill()
+    process.communicate()
+    assert any(line.startswith("continuing after epoch ") for line in lines), lines
+
+
+def test_of_two_processes_started_at_once_on_one_folder_exactly_one_runs(tmp_path):
+    processes = [start(tmp_path, *ENDLESS) for _ in range(2)]
+    ended = queue.Queue()
+
+    def wait(process):
+        ended.put((process, *process.communicate()))
+
+    threads = [threading.Thread(target=wait, args=(process,)) for process in processes]
+    for thread in threads:
+        thread.start()
+    loser, _, error = ended.get(timeout=120)
+    (winner,) = set(processes) - {loser}
+    assert winner.poll() is None
+    winner.terminate()
+    for thread in threads:
+        thread.join()
+    assert loser.returncode == 2
+    assert "another process is running in experiments" in error
+    assert len(error.splitlines()) == 1
+    assert winner.returncode == 143
+
+
+def test_other_flags_are_listed_and_nothing_is_touched(runs, monkeypatch, fails):
+    monkeypatch.chdir(runs.cwd)
+    before = contents(runs.teacher)
+    line = fails(teacher.main, "--arch", "resnet8", *TINY, "--epoch", "4", "--lr", "0.1")
+    assert "epoch was 3, is 4" in line
+    assert "lr was 0.05, is 0.1" in line
+    assert "--overwrite" in line
+    assert contents(runs.teacher) == before
+
+
+def test_a_teacher_of_other_weights_is_another_run(runs, tmp_path, monkeypatch, fails):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / runs.teacher.name
+    folder.mkdir()
+    for name in ("best.pth", "002.pth"):
+        (folder / name).write_bytes((runs.teacher / "ckpt" / name).read_bytes())
+    student.main(["--t-path", str(folder / "best.pth"), *SHORT_STUDENT])
+    state = torch.load(folder / "best.pth", weights_only=True)
+    state["state_dict"]["fc.bias"] += 1
+    torch.save(state, folder / "best.pth")
+    assert "teacher was" in fails(student.main, "--t-path", folder, *SHORT_STUDENT)
+
+
+def test_overwrite_starts_anew(tmp_path, capsys):
+    flags = ["--arch", "resnet8", *SHORT, "--experiments", str(tmp_path)]
+    teacher.main([*flags, "--seed", "3", "--epoch", "2"])
+    teacher.main([*flags, "--seed", "3", "--overwrite"])
+    result = json.loads((tmp_path / "teacher_resnet8_seed3" / "result.json").read_text())
+    assert result["epochs"] == 1
+    assert not (tmp_path / "teacher_resnet8_seed3" / "ckpt" / "002.pth").exists()
+
+
+def test_a_folder_with_checkpoints_of_someone_else_is_left_alone(tmp_path, fails):
+    folder = tmp_path / "teacher_resnet8_seed0" / "ckpt"
+    folder.mkdir(parents=True)
+    (folder / "best.pth").write_bytes(b"downloaded")
+    line = fails(teacher.main, "--arch", "resnet8", *SHORT, "--experiments", tmp_path)
+    assert "holds checkpoints but no config.json" in line
+    assert (folder / "best.pth").read_bytes() == b"downloaded"
+
+
+# ---------------------------------------------------------------------------------------------------------- bad input
+
+STUDENT = ["--t-path", "teacher_resnet8_seed0", "--s-arch", "resnet8", *SHORT]
+BAD_FLAGS = [
+    ("teacher.py", [], "--arch is missing; the known ones are resnet8, "),
+    ("teacher.py", ["--arch", "resnet9"], "resnet9: no such network; the known ones are resnet8, "),
+    ("teacher.py", ["--arch", "wrn_40_2", "--dataset", "imagenet"], "invalid choice: 'imagenet'"),
+    (
+        "teacher.py",
+        ["--arch", "wrn_40_2", "--batch-size", "0"],
+        "--batch-size: '0' is not a whole number of",
+    ),
+    ("teacher.py", ["--arch", "wrn_40_2", "--batch-size", "many"], "'many' is not a whole number"),
+    ("teacher.py", ["--arch", "wrn_40_2", "--epoch", "0"], "--epoch: '0'"),
+    ("teacher.py", ["--arch", "wrn_40_2", "--epoch", "1.5"], "--epoch: '1.5'"),
+    ("teacher.py", ["--arch", "wrn_40_2", "--lr", "0"], "--lr: '0' is not a number above 0"),
+    ("teacher.py", ["--arch", "wrn_40_2", "--lr", "nan"], "--lr: 'nan'"),
+    ("teacher.py", ["--arch", "wrn_40_2", "--lr", "inf"], "--lr: 'inf'"),
+    ("teacher.py", ["--arch", "wrn_40_2", "--momentum", "-1"], "--momentum: '-1'"),
+    ("teacher.py", ["--arch", "wrn_40_2", "--weight-decay", "x"], "--weight-decay: 'x'"),
+    ("teacher.py", ["--arch", "wrn_40_2", "--gamma", "-0.1"], "--gamma: '-0.1'"),
+    ("teacher.py", ["--arch", "wrn_40_2", "--milestones", "3", "2"], "--milestones 3 2: milestones must increase"),
+    ("teacher.py", ["--arch", "wrn_40_2", "--milestones", "3", "3"], "milestones must increase"),
+    ("teacher.py", ["--arch", "wrn_40_2", "--milestones", "0", "3"], "--milestones: '0'"),
+    ("teacher.py", ["--arch", "wrn_40_2", "--milestones"], "--milestones: expected at least one argument"),
+    ("teacher.py", ["--arch", "wrn_40_2", "--seed", "-1"], "--seed: '-1'"),
+    ("teacher.py", ["--arch", "wrn_40_2", "--save-interval", "0"], "--save-interval: '0'"),
+    ("teacher.py", ["--arch", "wrn_40_2", "--amp", "int8"], "invalid choice: 'int8'"),
+    ("teacher.py", ["--arch", "wrn_40_2", "--gpu-id", "-2"], "--gpu-id: '-2'"),
+    ("teacher.py", ["--arch", "wrn_40_2", "--epochs", "3"], "unrecognized arguments: --epochs"),
+    ("teacher.py", ["--arch", "resnet8", *SHORT, "--train-size", "10001"], "choose 1 to 10000"),
+    ("teacher.py", ["--arch", "resnet8", *SHORT, "--test-size", "0"], "--test-size: '0'"),
+    ("teacher.py", ["--evaluate", "nowhere"], "nowhere: no such file or folder"),
+    ("student.py", ["--s-arch", "resnet8"], "--t-path is missing"),
+    ("student.py", ["--t-path", "teacher_resnet8_seed0"], "--s-arch is missing; the known ones are resnet8, "),
+    ("student.py", ["--t-path", "teacher_resnet8_seed0", "--s-arch", "vgg7"], "vgg7: no such network"),
+    ("student.py", [*STUDENT, "--t-path", "nowhere"], "nowhere: no such file or folder"),
+    ("student.py", [*STUDENT, "--t-path", "empty"], "found no checkpoint with 'best' in its name"),
+    ("student.py", [*STUDENT, "--batch-size", "1"], "--batch-size 1: "),
+    ("student.py", [*STUDENT, "--ratio-tf", "1.1"], "--ratio-tf: '1.1' is not a number of at least 0 and at most 1"),
+    ("student.py", [*STUDENT, "--ratio-ss", "-0.1"], "--ratio-ss: '-0.1'"),
+    ("student.py", [*STUDENT, "--kd-T", "0"], "--kd-T: '0' is not a number above 0"),
+    ("student.py", [*STUDENT, "--tf-T", "-4"], "--tf-T: '-4'"),
+    ("student.py", [*STUDENT, "--ss-T", "nan"], "--ss-T: 'nan'"),
+    ("student.py", [*STUDENT, "--ss-weight", "-1"], "--ss-weight: '-1'"),
+    ("student.py", [*STUDENT, "--t-epoch", "0"], "--t-epoch: '0'"),
+    ("student.py", [*STUDENT, "--t-milestones", "2", "1"], "--t-milestones 2 1: milestones must increase"),
+    ("student.py", [*STUDENT, "--dataset", "cifar10"], "does not fit resnet8 with 10 classes"),
+    ("student.py", [*STUDENT, "--t-path", "plain/best.pth"], "--t-arch"),
+    ("student.py", [*STUDENT, "--t-path", "plain/best.pth", "--t-arch", "vgg8"], "does not fit vgg8"),
+    ("student.py", [*STUDENT, "--t-path", "plain/best.pth", "--t-arch", "vgg9"], "unknown"),
+]
+
+
+@pytest.fixture
+def workplace(runs, tmp_path, monkeypatch):
+    """A folder with a teacher, a checkpoint without a telling name, and an empty folder; the current directory."""
+    for path in ("teacher_resnet8_seed0/best.pth", "plain/best.pth"):
+        (tmp_path / path).parent.mkdir()
+        (tmp_path / path).write_bytes((runs.teacher / "ckpt" / "best.pth").read_bytes())
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def listing(folder):
+    return {path: path.stat().st_size for path in folder.rglob("*")}
+
+
+@pytest.mark.parametrize(
+    "script, flags, words", BAD_FLAGS, ids=lambda x: " ".join(x[-2:]) if isinstance(x, list) else None
+)
+def test_bad_flags_end_in_one_line_and_write_nothing(script, flags, words, workplace, entries, fails):
+    before = listing(workplace)
+    assert words in fails(entries[script], *flags)
+    assert listing(workplace) == before
+
+
+def test_bad_flags_end_without_a_traceback_from_the_command_line(tmp_path):
+    done = run_script("student.py", "--s-arch", "resnet8", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("student.py: error: --t-path is missing")
+    assert len(done.stderr.splitlines()) == 1
+
+
+class Malicious:
+    def __reduce__(self):
+        return (Path.touch, (Path("executed"),))
+
+
+def damage(kind, good):
+    """Bytes of a checkpoint with something wrong with it."""
+    state = torch.load(io.BytesIO(good), weights_only=True)["state_dict"]
+    buffer = io.BytesIO()
+    if kind == "malicious":
+        torch.save({"state_dict": Malicious()}, buffer)
+    elif kind == "malicious pickle":
+        pickle.dump(Malicious(), buffer)
+    elif kind in ("list", "no tensors", "nested nothing", "number"):
+        torch.save({"list": [1], "no tensors": {"a": 1}, "nested nothing": {"model": {}}, "number": 3}[kind], buffer)
+    elif kind == "missing tensor":
+        torch.save({"model": {k: v for k, v in state.items() if k != "fc.bias"}}, buffer)
+    elif kind == "other shape":
+        torch.save({f"module.{k}": v for k, v in state.items()} | {"module.fc.bias": torch.zeros(3)}, buffer)
+    elif kind == "extra tensor":
+        torch.save(state | {"fc2.bias": torch.zeros(3)}, buffer)
+    return buffer.getvalue() or {"empty": b"", "text": b"not a checkpoint", "half": good[: len(good) // 2]}[kind]
+
+
+KINDS = ["empty", "text", "half", "malicious", "malicious pickle", "list", "no tensors", "nested nothing", "number"]
+KINDS += ["missing tensor", "other shape", "extra tensor"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_damaged_checkpoint_is_refused_and_nothing_in_it_runs(kind, workplace, fails):
+    path = workplace / "teacher_resnet8_seed0" / "best.pth"
+    path.write_bytes(damage(kind, path.read_bytes()))
+    before = listing(workplace)
+    assert "best.pth" in fails(student.main, *STUDENT)
+    assert "best.pth" in fails(teacher.main, "--evaluate", path, *SHORT)
+    assert listing(workplace) == before  # no file "executed" either
+
+
+@pytest.mark.parametrize("name", ["last.pth", "config.json", "result.json"])
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"PK\x03\x04"], ids=repr)
+def test_a_damaged_record_of_a_run_is_refused(name, content, tmp_path, fails, capsys):
+    flags = ["--arch", "resnet8", *SHORT, "--experiments", str(tmp_path)]
+    folder = tmp_path / "teacher_resnet8_seed0"
+    (folder / "ckpt").mkdir(parents=True)
+    run = utils.Run(folder, teacher.parse_args(flags))
+    (folder / "config.json").write_text(json.dumps({"flags": run.flags}))
+    (folder / ("ckpt" if name == "last.pth" else "") / name).write_bytes(content)
+    before = listing(tmp_path)
+    assert name in fails(teacher.main, *flags)
+    assert listing(tmp_path) == before
+
+
+@pytest.mark.parametrize("missing", ["model", "optimisation", "best", "acc", "sizes", "phase", "epoch", "seconds"])
+def test_a_last_checkpoint_that_lacks_something_is_refused(missing, tmp_path, fails, capsys):
+    flags = ["--arch", "resnet8", *SHORT, "--experiments", str(tmp_path)]
+    teacher.main(flags)
+    folder = tmp_path / "teacher_resnet8_seed0"
+    (folder / "result.json").unlink()
+    last = torch.load(folder / "ckpt" / "last.pth", weights_only=True)
+    del last[missing]
+    torch.save(last, folder / "ckpt" / "last.pth")
+    assert "last.pth is damaged" in fails(teacher.main, *flags)
+
+
+def test_a_damaged_ss_head_is_refused(workplace, fails):
+    args = student.parse_args(STUDENT)
+    key = student.ss_head_key(args, utils.fingerprint(student.models.load("teacher_resnet8_seed0")), CPU)
+    (workplace / "teacher_resnet8_seed0" / f"ss_head_{key}.pth").write_bytes(b"damaged")
+    assert f"ss_head_{key}.pth is damaged" in fails(student.main, *STUDENT)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_no_damage_to_a_checkpoint_ends_in_a_traceback(runs, tmp_path, data):
+    good = (runs.teacher / "ckpt" / "best.pth").read_bytes()
+    if data.draw(st.booleans()):
+        bad = good[: data.draw(st.integers(0, len(good) - 1))]
+    else:
+        start = data.draw(st.integers(0, len(good) - 1))
+        bad = good[:start] + data.draw(st.binary(min_size=1, max_size=40)) + good[start + 40 :]
+    folder = tmp_path / "teacher_resnet8_seed0"
+    folder.mkdir(exist_ok=True)
+    (folder / "best.pth").write_bytes(bad)
+    assert end_of(teacher.main, ["--evaluate", str(folder), *SHORT]) in (0, 2)
+
+
+def test_missing_and_corrupt_data_say_what_to_do(tmp_path, monkeypatch, fails):
+    monkeypatch.setattr(cifar.tv.CIFAR100, "url", "http://127.0.0.1:9/cifar-100-python.tar.gz")  # nobody answers
+    flags = ["--arch", "resnet8", "--experiments", tmp_path / "runs", "--data-root", tmp_path / "data"]
+    assert "put cifar-100-python.tar.gz into" in fails(teacher.main, *flags)
+    (tmp_path / "data").mkdir(exist_ok=True)
+    (tmp_path / "data" / "cifar-100-python.tar.gz").write_bytes(b"half of it")
+    assert "put cifar-100-python.tar.gz into" in fails(teacher.main, *flags)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_folder_that_cannot_be_made_is_the_machines_fault(tmp_path, fails):
+    (tmp_path / "experiments").write_text("a file")
+    line = fails(teacher.main, "--arch", "resnet8", *SHORT, "--experiments", tmp_path / "experiments", status=1)
+    assert "could not be made" in line

@@ -1,0 +1,52 @@
+"""What both entries share: errors and signals, flags, the device and its meters, files, and the record of a run."""
+
+from .errors import Fault, Stopped, UserError, entry, user_errors
+from .files import append, digest, fingerprint, read, restoring, save, state, write_atomically
+from .flags import Parser, add_common_flags, check_arch, check_milestones, number
+from .run import Run
+from .training import (
+    Meter,
+    Precision,
+    accuracy,
+    compiled,
+    evaluate,
+    make_sgd,
+    optimizer_state,
+    pick_device,
+    progress,
+    restore_optimizer,
+    set_up_torch,
+)
+
+__all__ = [
+    "Fault",
+    "Meter",
+    "Parser",
+    "Precision",
+    "Run",
+    "Stopped",
+    "UserError",
+    "accuracy",
+    "add_common_flags",
+    "append",
+    "check_arch",
+    "check_milestones",
+    "compiled",
+    "digest",
+    "entry",
+    "evaluate",
+    "fingerprint",
+    "make_sgd",
+    "number",
+    "optimizer_state",
+    "pick_device",
+    "progress",
+    "read",
+    "restore_optimizer",
+    "restoring",
+    "save",
+    "set_up_torch",
+    "state",
+    "user_errors",
+    "write_atomically",
+]

@@ -1,0 +1,93 @@
+"""The flags that both entries share, checked where they are parsed."""
+
+import argparse
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, NoReturn
+
+from .errors import UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line and whose help shows the defaults."""
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (--help lists the flags)")
+
+
+def number(kind: type, low: float, high: float = math.inf, above: bool = False) -> Callable[[str], Any]:
+    """An argparse type: a finite `kind` in [low, high], or in (low, high] if `above`."""
+
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (math.isfinite(value) and low <= value <= high and not (above and value == low)):
+            what = "a whole number" if kind is int else "a number"
+            bound = f"above {low}" if above else f"of at least {low}"
+            most = "" if high == math.inf else f" and at most {high}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what} {bound}{most}")
+        return value
+
+    return parse
+
+
+def add_common_flags(parser: argparse.ArgumentParser, datasets: Iterable[str]) -> None:
+    """The flags of both entries."""
+    positive, count = number(float, 0, above=True), number(int, 1)
+
+    group = parser.add_argument_group("optimisation (SGD; the learning rate falls at milestones)")
+    add = group.add_argument
+    add("--epoch", type=count, default=240, help="epochs; the published tables use 240")
+    add("--batch-size", type=count, default=64, help="images a step; a student sees 4 views of each")
+    add("--lr", type=positive, default=0.05, help="learning rate; 0.01 for MobileNetV2, ShuffleV1 and ShuffleV2")
+    add("--momentum", type=number(float, 0), default=0.9, help="of SGD")
+    add("--weight-decay", type=number(float, 0), default=5e-4, help="of SGD, on every parameter")
+    add("--gamma", type=positive, default=0.1, help="factor of the learning rate at each milestone")
+    add("--milestones", type=count, nargs="+", default=[150, 180, 210], help="epochs after which the rate falls")
+
+    group = parser.add_argument_group("data")
+    add = group.add_argument
+    add(
+        "--dataset",
+        choices=list(datasets),
+        default="cifar100",
+        help="synthetic needs no files; it only shows that all runs",
+    )
+    add("--data-root", default="./data", metavar="DIR", help="where torchvision keeps the data sets")
+    add("--data-url", metavar="URL", help="a mirror of the data set's archive (its md5 is still checked)")
+    add("--train-size", type=count, metavar="N", help="train on the first N images only")
+    add("--test-size", type=count, metavar="N", help="test on the first N images only")
+
+    group = parser.add_argument_group("running")
+    add = group.add_argument
+    add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of the weights and of every draw")
+    add("--gpu-id", type=number(int, 0), default=0, help="the CUDA device; without CUDA: Apple's MPS, else the CPU")
+    add(
+        "--amp",
+        choices=["off", "bf16", "fp16"],
+        default="off",
+        help="half precision in the networks; losses stay float32",
+    )
+    add("--compile", action="store_true", help="torch.compile the networks: a slow first epoch, then faster ones")
+    add("--deterministic", action="store_true", help="only algorithms that repeat bit for bit; slower on CUDA")
+    add("--save-interval", type=count, default=40, help="epochs between the teacher's numbered checkpoints")
+    add("--experiments", default="experiments", metavar="DIR", help="folder of the run folders")
+    add("--overwrite", action="store_true", help="delete what the run folder holds and start anew")
+
+
+def check_arch(flag: str, arch: str | None, known: Iterable[str]) -> None:
+    """Raises UserError unless `arch` is one of the known; lists them."""
+    if arch not in known:
+        what = f"{flag} is missing" if arch is None else f"{flag} {arch}: no such network"
+        raise UserError(f"{what}; the known ones are {', '.join(known)}")
+
+
+def check_milestones(flag: str, milestones: list[int]) -> None:
+    """Raises UserError unless the milestones increase."""
+    if any(a >= b for a, b in zip(milestones, milestones[1:], strict=False)):
+        raise UserError(f"{flag} {' '.join(map(str, milestones))}: milestones must increase")
