@@ -7,6 +7,7 @@ it is the same on every device and a resumed run sees what an uninterrupted one 
 """
 
 import hashlib
+from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -64,12 +65,36 @@ def window_rows(flip: Tensor, top: Tensor, left: Tensor) -> Tensor:
 
 def draw(count: int, views: int, seed: int, phase: str, epoch: int) -> Draws:
     """The order, flips and crops of a training epoch over `count` images, from (seed, phase, epoch) alone."""
-    digest = hashlib.sha256(f"{seed} {phase} {epoch}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+    generator = _generator(seed, phase, epoch)
     order = torch.randperm(count, generator=generator)
     flip = torch.randint(2, (count, 1), generator=generator)  # shared by the views of an image
     top, left = torch.randint(SHIFTS, (2, count, views), generator=generator)  # each view's own
     return Draws(order, window_rows(flip, top, left))
+
+
+def _generator(*names: int | str) -> torch.Generator:
+    """Random numbers that follow from the names alone."""
+    digest = hashlib.sha256(" ".join(map(str, names)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+def few_shot(labels: Tensor, fraction: float, seed: int) -> Tensor:
+    """Indices (M,), increasing, of the `fraction` of every class in `labels` (N,) that the seed draws; at least one."""
+    order = torch.randperm(len(labels), generator=_generator(seed, "few shot"))
+    kept = []
+    for label in labels.unique():
+        members = order[labels[order] == label]
+        kept.append(members[: max(1, round(len(members) * fraction))])
+    return torch.cat(kept).sort().values
+
+
+def label_noise(labels: Tensor, fraction: float, classes: int, seed: int) -> Tensor:
+    """`labels` (N,) with exactly round(N · fraction) of them replaced by another class, drawn uniformly by the seed."""
+    generator = _generator(seed, "label noise")
+    wrong = torch.randperm(len(labels), generator=generator)[: round(len(labels) * fraction)]
+    noisy = labels.clone()
+    noisy[wrong] = (labels[wrong] + torch.randint(1, classes, wrong.shape, generator=generator)) % classes
+    return noisy
 
 
 class Images:
@@ -137,32 +162,31 @@ def cut(padded: Tensor, windows: Tensor, window: Tensor) -> Tensor:
     return chosen.view(-1, SIDE, SIDE, channels).permute(0, 3, 1, 2)
 
 
-def load(
-    name: str,
-    root: str | Path,
-    device: torch.device | str,
-    train_size: int | None = None,
-    test_size: int | None = None,
-    url: str | None = None,
-) -> tuple[Images, Images]:
-    """The training and the test split of data set `name`, each its first `train_size` or `test_size` images.
-
-    `url` is a mirror of the archive (for Fashion-MNIST: of the folder that holds its four).
+def load(args: Namespace, device: torch.device | str) -> tuple[Images, Images]:
+    """The training and the test split that the flags ask for (`utils.add_common_flags`, group "data").
 
     Raises:
         DataError: the files are missing or damaged and could not be downloaded; fewer images than asked for.
     """
+    name = args.dataset
     if name == "synthetic":
         print("data: synthetic shapes; accuracy means nothing", flush=True)
     splits = []
-    for train, size in ((True, train_size), (False, test_size)):
-        pixels, labels = synthetic(train, size) if name == "synthetic" else _read(name, root, train, url)
+    for train, size in ((True, args.train_size), (False, args.test_size)):
+        if name == "synthetic":
+            pixels, labels = synthetic(train, size)
+        else:
+            pixels, labels = _read(name, args.data_root, train, args.data_url)
         if size is not None and size > len(pixels):
-            split = "train" if train else "test"
-            raise DataError(
-                f"--{split}-size {size}: {name} has {len(pixels)} {split}ing images; choose 1 to {len(pixels)}"
-            )
-        splits.append(Images(pixels[:size], labels[:size], STATISTICS[name], device))
+            flag = "--train-size" if train else "--test-size"
+            raise DataError(f"{flag} {size}: {name} has {len(pixels)} such images; choose 1 to {len(pixels)}")
+        pixels, labels = pixels[:size], labels[:size]
+        if train and args.few_shot < 1:
+            kept = few_shot(labels, args.few_shot, args.seed)
+            pixels, labels = pixels[kept], labels[kept]
+        if train and args.label_noise > 0:
+            labels = label_noise(labels, args.label_noise, NUM_CLASSES[name], args.seed)
+        splits.append(Images(pixels, labels, STATISTICS[name], device))
     return splits[0], splits[1]
 
 

@@ -79,7 +79,7 @@ def run_folder(args: Namespace, checkpoint: Path) -> Path:
     return Path(args.experiments) / (
         f"sskd_student_{args.s_arch}"
         f"_weight{args.ce_weight}+{args.kd_weight}+{args.tf_weight}+{args.ss_weight}"
-        f"_T{args.kd_T}+{args.tf_T}+{args.ss_T}_ratio{args.ratio_tf}+{args.ratio_ss}_seed{args.seed}_{teacher.name}"
+        f"_T{args.kd_T}+{args.tf_T}+{args.ss_T}_ratio{args.ratio_tf}+{args.ratio_ss}{utils.data_name(args)}_seed{args.seed}_{teacher.name}"
     )
 
 
@@ -88,8 +88,9 @@ def run_folder(args: Namespace, checkpoint: Path) -> Path:
 
 def ss_head_key(args: Namespace, teacher: str, device: torch.device) -> str:
     """Names everything that a trained SS head depends on; `teacher` is the fingerprint of its weights."""
-    names = "t_epoch t_lr t_milestones gamma momentum weight_decay batch_size seed dataset train_size test_size"
-    flags = {name: getattr(args, name) for name in (names + " amp compile deterministic").split()}
+    names = "t_epoch t_lr t_milestones gamma momentum weight_decay batch_size seed amp compile deterministic"
+    names += " dataset train_size test_size few_shot label_noise"
+    flags = {name: getattr(args, name) for name in names.split()}
     return utils.digest(flags | {"teacher": teacher, "device": device.type})
 
 
@@ -163,12 +164,13 @@ def train_ss_head(
             precision.update(optimizer, loss)
             meter.add(len(target), **logged)
         test_ss_head(head, features, precision, test_meter)
-        scheduler.step()
 
         line = {f"train/{name}": mean for name, mean in meter.means().items()}
+        line["train/teacher_lr"] = scheduler.get_last_lr()[0]
+        scheduler.step()
         line |= {f"val/{name}": mean for name, mean in test_meter.means().items()}
         lines.append(line)
-        run.log("ss_head", epoch, args.t_epoch, **line)
+        run.log("ss_head", epoch, args.t_epoch, len(train_set), **line)
         optimisation = utils.optimizer_state(optimizer, scheduler, precision)
         run.save_last("ss_head", epoch, head=utils.state(head), optimisation=optimisation, lines=lines)
     try:
@@ -235,13 +237,14 @@ def distil(args: Namespace, run: utils.Run, teacher: Wrapper, data: Data, precis
             meter.add(len(target), **logged)
         trained = {f"train/{name}": mean for name, mean in meter.means().items()}
         ce_loss, acc = utils.evaluate(student.backbone, test_set, VIEWS * args.batch_size, precision)
+        trained["train/lr"] = scheduler.get_last_lr()[0]
         scheduler.step()
 
         if acc > best["acc"]:
             best = {"acc": acc, "epoch": epoch}
             checkpoint = {"epoch": epoch, "state_dict": utils.state(student), "best_acc": acc}
             utils.save(run.ckpt / "student_best.pth", checkpoint)
-        run.log("student", epoch, args.epoch, **trained, **{"val/ce_loss": ce_loss, "val/cls_acc": acc})
+        run.log("student", epoch, args.epoch, len(train_set), **trained, **{"val/ce_loss": ce_loss, "val/cls_acc": acc})
         optimisation = utils.optimizer_state(optimizer, scheduler, precision)
         run.save_last("student", epoch, student=utils.state(student), optimisation=optimisation, best=best, acc=acc)
     run.finish(best_acc=best["acc"], best_epoch=best["epoch"], last_acc=acc, epochs=args.epoch)
@@ -259,7 +262,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     device = utils.pick_device(args.gpu_id)
     with utils.user_errors(cifar.DataError):
-        data = cifar.load(args.dataset, args.data_root, device, args.train_size, args.test_size, args.data_url)
+        data = cifar.load(args, device)
     run.start(device)
     utils.set_up_torch(args.seed, device, args.deterministic)
     precision = utils.Precision(args.amp, device)

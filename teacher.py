@@ -48,11 +48,12 @@ def make_loss(model: nn.Module, precision: utils.Precision) -> Callable:
 
 
 def train(args: Namespace) -> None:
-    run = utils.Run(Path(args.experiments) / f"teacher_{args.arch}_seed{args.seed}", args)
+    run = utils.Run(Path(args.experiments) / f"teacher_{args.arch}{utils.data_name(args)}_seed{args.seed}", args)
     if run.finished():
         return
     device = utils.pick_device(args.gpu_id)
-    train_set, test_set = load_data(args, device)
+    with utils.user_errors(cifar.DataError):
+        train_set, test_set = cifar.load(args, device)
     run.start(device)
 
     utils.set_up_torch(args.seed, device, args.deterministic)
@@ -78,6 +79,7 @@ def train(args: Namespace) -> None:
             meter.add(len(target), **logged)
         trained = {f"train/{name}": mean for name, mean in meter.means().items()}
         test_loss, acc = utils.evaluate(model, test_set, 4 * args.batch_size, precision)
+        trained["train/lr"] = scheduler.get_last_lr()[0]
         scheduler.step()
 
         checkpoint = {"epoch": epoch, "state_dict": utils.state(model), "acc": acc}
@@ -86,7 +88,8 @@ def train(args: Namespace) -> None:
             utils.save(run.ckpt / "best.pth", checkpoint)
         if epoch in args.milestones or epoch % args.save_interval == 0 or epoch == args.epoch:
             utils.save(run.ckpt / f"{epoch:03d}.pth", checkpoint)
-        run.log("teacher", epoch, args.epoch, **trained, **{"val/cls_loss": test_loss, "val/cls_acc": acc})
+        tested = {"val/cls_loss": test_loss, "val/cls_acc": acc}
+        run.log("teacher", epoch, args.epoch, len(train_set), **trained, **tested)
         optimisation = utils.optimizer_state(optimizer, scheduler, precision)
         run.save_last("teacher", epoch, model=utils.state(model), optimisation=optimisation, best=best, acc=acc)
     run.finish(best_acc=best["acc"], best_epoch=best["epoch"], last_acc=acc, epochs=args.epoch)
@@ -97,15 +100,11 @@ def evaluate(args: Namespace) -> None:
     with utils.user_errors(ValueError, FileNotFoundError):
         model = models.load(args.evaluate, args.arch, cifar.NUM_CLASSES[args.dataset])
     device = utils.pick_device(args.gpu_id)
-    _, test_set = load_data(args, device)
+    with utils.user_errors(cifar.DataError):
+        _, test_set = cifar.load(args, device)
     model.to(device, memory_format=torch.channels_last)
     _, acc = utils.evaluate(model, test_set, 4 * args.batch_size, utils.Precision(args.amp, device))
     print(f"test accuracy {acc:.2f} % of {len(test_set)} images")
-
-
-def load_data(args: Namespace, device: torch.device) -> tuple[cifar.Images, cifar.Images]:
-    with utils.user_errors(cifar.DataError):
-        return cifar.load(args.dataset, args.data_root, device, args.train_size, args.test_size, args.data_url)
 
 
 @utils.entry

@@ -15,10 +15,17 @@ import torch
 from torchvision.transforms import functional as tvf
 
 import cifar
+import teacher
 
 
 def random_pixels(count, seed=0):
     return torch.from_numpy(np.random.default_rng(seed).integers(0, 256, (count, 32, 32, 3), dtype=np.uint8))
+
+
+def load(name, root, *flags):
+    """What `cifar.load` makes of the flags of a teacher."""
+    args = teacher.parse_args(["--arch", "resnet8", "--dataset", name, "--data-root", str(root), *flags])
+    return cifar.load(args, "cpu")
 
 
 def images(count=10):
@@ -134,11 +141,11 @@ def test_synthetic_data_is_always_the_same_and_balanced():
 
 
 def test_sizes_keep_the_first_images():
-    train, test = cifar.load("synthetic", "nowhere", "cpu", train_size=7, test_size=3)
+    train, test = load("synthetic", "nowhere", "--train-size", "7", "--test-size", "3")
     assert torch.equal(train.pixels, cifar.synthetic(True)[0][:7])
     assert torch.equal(test.labels, cifar.synthetic(False)[1][:3])
-    with pytest.raises(cifar.DataError, match="synthetic has 2000 testing images"):
-        cifar.load("synthetic", "nowhere", "cpu", test_size=2001)
+    with pytest.raises(cifar.DataError, match="synthetic has 2000 such images"):
+        load("synthetic", "nowhere", "--test-size", "2001")
 
 
 @pytest.fixture
@@ -175,7 +182,7 @@ def test_an_archive_put_into_the_data_root_is_read(cifar100_archive, tmp_path):
     root = tmp_path / "data"
     root.mkdir()
     (root / archive.name).write_bytes(archive.read_bytes())
-    train, test = cifar.load("cifar100", root, "cpu")
+    train, test = load("cifar100", root)
     assert (len(train), len(test)) == (6, 4)
     assert np.array_equal(train.pixels.numpy(), planes.reshape(6, 3, 32, 32).transpose(0, 2, 3, 1))
     assert train.labels.tolist() == [0, 1, 2, 3, 4, 5]
@@ -192,20 +199,20 @@ def mirror(cifar100_archive):
 
 
 def test_a_mirror_serves_the_archive(mirror, tmp_path, capfd):
-    train, _ = cifar.load("cifar100", tmp_path / "data", "cpu", url=mirror)
+    train, _ = load("cifar100", tmp_path / "data", "--data-url", mirror)
     assert len(train) == 6
 
 
 def test_missing_data_says_where_the_archive_goes(cifar100_archive, tmp_path, capfd):
     with pytest.raises(cifar.DataError, match=r"cifar-100-python\.tar\.gz.*--data-url"):
-        cifar.load("cifar100", tmp_path / "empty", "cpu")
+        load("cifar100", tmp_path / "empty")
 
 
 def test_a_mirror_with_other_content_is_refused(cifar100_archive, mirror, tmp_path, capfd):
     archive, _ = cifar100_archive
     archive.write_bytes(archive.read_bytes() + b"more")
     with pytest.raises(cifar.DataError, match="corrupted"):
-        cifar.load("cifar100", tmp_path / "data", "cpu", url=mirror)
+        load("cifar100", tmp_path / "data", "--data-url", mirror)
 
 
 def fashion_file(path, magic, shape, values):
@@ -221,7 +228,7 @@ def test_fashion_mnist_becomes_32_pixels_and_three_equal_channels(tmp_path):
     for split in ("train", "t10k"):
         fashion_file(raw / f"{split}-images-idx3-ubyte", 2051, (5, 28, 28), grey)
         fashion_file(raw / f"{split}-labels-idx1-ubyte", 2049, (5,), np.arange(5, dtype=np.uint8))
-    train, _ = cifar.load("fashion_mnist", tmp_path, "cpu")
+    train, _ = load("fashion_mnist", tmp_path)
     expected = np.pad(grey, ((0, 0), (2, 2), (2, 2)))
     for channel in range(3):
         assert np.array_equal(train.pixels[..., channel].numpy(), expected)
@@ -230,4 +237,45 @@ def test_fashion_mnist_becomes_32_pixels_and_three_equal_channels(tmp_path):
     with gzip.open(raw / "train-images-idx3-ubyte", "wb") as file:  # not what it should be
         file.write(b"damaged")
     with pytest.raises(cifar.DataError, match="fashion_mnist could not be read"):
-        cifar.load("fashion_mnist", tmp_path, "cpu")
+        load("fashion_mnist", tmp_path)
+
+
+@pytest.mark.parametrize("fraction", [0.25, 0.5, 0.75])
+def test_few_shot_keeps_the_same_share_of_every_class(fraction):
+    train, test = load("synthetic", "nowhere", "--few-shot", str(fraction))
+    assert Counter(train.labels.tolist()) == {label: round(100 * fraction) for label in range(100)}
+    again, _ = load("synthetic", "nowhere", "--few-shot", str(fraction))
+    assert torch.equal(train.pixels, again.pixels)
+    other, _ = load("synthetic", "nowhere", "--few-shot", str(fraction), "--seed", "1")
+    assert not torch.equal(train.pixels, other.pixels)
+    assert torch.equal(test.pixels, cifar.synthetic(False)[0])
+
+
+def test_few_shot_keeps_images_with_their_labels():
+    whole, _ = load("synthetic", "nowhere")
+    kept = cifar.few_shot(whole.labels, 0.25, seed=0)
+    train, _ = load("synthetic", "nowhere", "--few-shot", "0.25")
+    assert len(set(kept.tolist())) == len(kept) == 2500
+    assert torch.equal(train.pixels, whole.pixels[kept])
+    assert torch.equal(train.labels, whole.labels[kept])
+    rare = torch.tensor([0] * 10 + [1])
+    assert cifar.few_shot(rare, 0.1, seed=0).tolist()[-1] == 10  # at least one of each
+
+
+@pytest.mark.parametrize("fraction", [0.1, 0.3, 0.5, 1.0])
+def test_label_noise_gives_exactly_that_share_another_label(fraction):
+    train, test = load("synthetic", "nowhere", "--label-noise", str(fraction))
+    true = cifar.synthetic(True)[1]
+    changed = train.labels != true
+    assert changed.sum() == 10_000 * fraction
+    assert train.labels.min() >= 0
+    assert train.labels.max() < 100
+    shifts = Counter(((train.labels - true) % 100)[changed].tolist())
+    assert set(shifts) == set(range(1, 100))  # every other class, none twice as often as it should
+    assert max(shifts.values()) < 2 * changed.sum().item() / 99
+    again, _ = load("synthetic", "nowhere", "--label-noise", str(fraction))
+    assert torch.equal(train.labels, again.labels)
+    other, _ = load("synthetic", "nowhere", "--label-noise", str(fraction), "--seed", "1")
+    assert not torch.equal(train.labels, other.labels)
+    assert torch.equal(train.pixels, cifar.synthetic(True)[0])
+    assert torch.equal(test.labels, cifar.synthetic(False)[1])

@@ -157,15 +157,18 @@ def test_a_run_leaves_what_the_design_promises(runs):
 
 def test_tensorboard_reads_the_curves_of_both_phases(runs):
     events = EventAccumulator(str(runs.student / "events")).Reload()
-    head = {f"{split}/teacher_ssp_{what}" for split in ("train", "val") for what in ("loss", "acc")}
-    terms = {f"train/{name}" for name in ("ce_loss", "kd_loss", "tf_loss", "ss_loss", "cls_acc", "ss_acc")}
-    assert set(events.Tags()["scalars"]) == head | terms | {"val/ce_loss", "val/cls_acc"}
+    head = {f"{split}/teacher_ssp_{what}" for split in ("train", "val") for what in ("loss", "acc")} | {
+        "train/teacher_lr"
+    }
+    terms = {f"train/{name}" for name in ("ce_loss", "kd_loss", "tf_loss", "ss_loss", "cls_acc", "ss_acc", "lr")}
+    logged = head | terms | {"val/ce_loss", "val/cls_acc"}
+    speeds = {f"speed/{phase}_images_per_second" for phase in ("ss_head", "student")}
+    assert set(events.Tags()["scalars"]) == logged | speeds
     lines = [json.loads(line) for line in (runs.student / "log.jsonl").read_text().splitlines()]
-    for tag in events.Tags()["scalars"]:
+    for tag in logged:
         points = [(point.step, point.value) for point in events.Scalars(tag)]
-        logged = [(line["epoch"], pytest.approx(line[tag])) for line in lines if tag in line]
-        assert points == logged, tag
-        assert len(points) == (2 if tag in head else 3)
+        assert points == [(line["epoch"], pytest.approx(line[tag])) for line in lines if tag in line], tag
+        assert len(points) == (2 if tag in head else 3), tag
 
 
 def test_the_teachers_accuracy_comes_before_all_training(runs):

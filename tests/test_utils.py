@@ -35,7 +35,9 @@ SHORT_STUDENT = [*SHORT, "--s-arch", "resnet8", "--t-epoch", "1", "--t-milestone
 
 def curves(folder):
     events = EventAccumulator(str(folder / "events")).Reload()
-    return {tag: [(p.step, p.value) for p in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    return {
+        tag: [(p.step, p.value) for p in events.Scalars(tag)] for tag in events.Tags()["scalars"] if "second" not in tag
+    }
 
 
 # ------------------------------------------------------------------------------------------------------------- meters
@@ -375,6 +377,8 @@ BAD_FLAGS = [
     ("teacher.py", ["--arch", "wrn_40_2", "--epochs", "3"], "unrecognized arguments: --epochs"),
     ("teacher.py", ["--arch", "resnet8", *SHORT, "--train-size", "10001"], "choose 1 to 10000"),
     ("teacher.py", ["--arch", "resnet8", *SHORT, "--test-size", "0"], "--test-size: '0'"),
+    ("teacher.py", ["--arch", "resnet8", *SHORT, "--few-shot", "0"], "--few-shot: '0'"),
+    ("teacher.py", ["--arch", "resnet8", *SHORT, "--label-noise", "1.1"], "--label-noise: '1.1'"),
     ("teacher.py", ["--evaluate", "nowhere"], "nowhere: no such file or folder"),
     ("student.py", ["--s-arch", "resnet8"], "--t-path is missing"),
     ("student.py", ["--t-path", "teacher_resnet8_seed0"], "--s-arch is missing; the known ones are resnet8, "),

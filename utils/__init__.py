@@ -2,7 +2,7 @@
 
 from .errors import Fault, Stopped, UserError, entry, user_errors
 from .files import append, digest, fingerprint, read, restoring, save, state, write_atomically
-from .flags import Parser, add_common_flags, check_arch, check_milestones, number
+from .flags import Parser, add_common_flags, check_arch, check_milestones, data_name, number
 from .run import Run
 from .training import (
     Meter,
@@ -32,6 +32,7 @@ __all__ = [
     "check_arch",
     "check_milestones",
     "compiled",
+    "data_name",
     "digest",
     "entry",
     "evaluate",

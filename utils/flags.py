@@ -63,6 +63,21 @@ def add_common_flags(parser: argparse.ArgumentParser, datasets: Iterable[str]) -
     add("--train-size", type=count, metavar="N", help="train on the first N images only")
     add("--test-size", type=count, metavar="N", help="test on the first N images only")
 
+    add(
+        "--few-shot",
+        type=number(float, 0, 1, above=True),
+        default=1.0,
+        metavar="FRACTION",
+        help="train on this share of every class, drawn by the seed; the paper tries 0.25, 0.5, 0.75",
+    )
+    add(
+        "--label-noise",
+        type=number(float, 0, 1),
+        default=0.0,
+        metavar="FRACTION",
+        help="give this share of the training images another label, drawn by the seed; the paper tries 0.1 to 0.5",
+    )
+
     group = parser.add_argument_group("running")
     add = group.add_argument
     add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of the weights and of every draw")
@@ -78,6 +93,12 @@ def add_common_flags(parser: argparse.ArgumentParser, datasets: Iterable[str]) -
     add("--save-interval", type=count, default=40, help="epochs between the teacher's numbered checkpoints")
     add("--experiments", default="experiments", metavar="DIR", help="folder of the run folders")
     add("--overwrite", action="store_true", help="delete what the run folder holds and start anew")
+
+
+def data_name(args: argparse.Namespace) -> str:
+    """What a run folder's name says of few-shot and noisy data, e.g. `_few0.25_noise0.3`; nothing of all the data."""
+    few = f"_few{args.few_shot}" if args.few_shot < 1 else ""
+    return few + (f"_noise{args.label_noise}" if args.label_noise else "")
 
 
 def check_arch(flag: str, arch: str | None, known: Iterable[str]) -> None:

@@ -155,14 +155,16 @@ class Run:
         for path in (*self.folder.glob(".*.part"), *self.ckpt.glob(".*.part")):
             path.unlink()  # of a process that was killed while it wrote
 
-    def log(self, phase: str, epoch: int, epochs: int, **scalars: float) -> None:
-        """Records an epoch and prints its line."""
+    def log(self, phase: str, epoch: int, epochs: int, images: int, **scalars: float) -> None:
+        """Records an epoch over `images` training images, and prints its line."""
         self.record(phase, epoch, scalars)
         now = time.monotonic()
         seconds, self._mark = now - self._mark, now
+        self.add_events(epoch, summary.scalar(f"speed/{phase}_images_per_second", images / seconds))
         left = datetime.timedelta(seconds=round(seconds * (epochs - epoch)))
-        shown = "  ".join(f"{tag} {value:.{2 if tag.endswith('acc') else 4}f}" for tag, value in scalars.items())
-        print(f"{phase} {epoch}/{epochs}  {shown}  {seconds:.1f} s, {left} left", flush=True)
+        shown = "  ".join(f"{tag} {value:{'.2f' if tag.endswith('acc') else '.4g'}}" for tag, value in scalars.items())
+        speed = f"{seconds:.1f} s, {images / seconds:.0f} images/s, {left} left"
+        print(f"{phase} {epoch}/{epochs}  {shown}  {speed}", flush=True)
 
     def record(self, phase: str, epoch: int, scalars: dict[str, float]) -> None:
         """Writes an epoch's line of log.jsonl and its points of the TensorBoard curves, named by their tags.
