@@ -144,6 +144,11 @@ class Images:
         """(B, 40, 40, 3) uint8 → float32 with mean 0 and deviation 1 over the data set, as torchvision computes it."""
         return padded.flatten(1).float().div_(255).sub_(self.mean).div_(self.std).view(padded.shape)
 
+    def brightness(self, views: Tensor) -> Tensor:
+        """Normalised views (N, 3, 32, 32) → the same in [0, 1], to be looked at."""
+        mean, std = (x[:3].view(3, 1, 1) for x in (self.mean, self.std))
+        return views * std + mean
+
 
 def pad(pixels: Tensor) -> Tensor:
     """(B, 32, 32, 3) → (B, 40, 40, 3) with a black border."""

@@ -9,6 +9,7 @@ The teacher first gets a self-supervision (SS) head, trained while its backbone 
 before for the same teacher, flags and data is read instead. The same command continues a run that was stopped.
 """
 
+import io
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -36,6 +37,12 @@ def parse_args(argv: list[str] | None) -> Namespace:
     add("--t-path", help="the teacher: a run folder of teacher.py, or a checkpoint file")
     add("--t-arch", help="the teacher's network, where neither its checkpoint nor its folder's name tells")
     add("--s-arch", help=f"the student's network: one of {', '.join(models.model_dict)}")
+    add(
+        "--export", metavar="FILE", help="write the best student's backbone there with torch.export, when it is trained"
+    )
+    add(
+        "--s-path", help="with --export alone: a trained student (run folder or checkpoint) to export, without training"
+    )
 
     group = parser.add_argument_group("the teacher's SS head (the backbone stays frozen)")
     add = group.add_argument
@@ -62,6 +69,10 @@ def parse_args(argv: list[str] | None) -> Namespace:
     add("--ratio-ss", type=ratio, default=0.75, help="share of the teacher's wrong matches that ss imitates")
 
     args = parser.parse_args(argv)
+    if args.s_path is not None:
+        if args.export is None:
+            raise utils.UserError("--s-path is for --export: give the file to write, too")
+        return args
     if args.t_path is None:
         raise utils.UserError("--t-path is missing: the folder of a trained teacher, or its checkpoint")
     utils.check_arch("--s-arch", args.s_arch, models.model_dict)
@@ -211,6 +222,23 @@ def make_loss(args: Namespace, teacher: Wrapper, student: Wrapper, precision: ut
     return loss_of
 
 
+@torch.inference_mode()
+def show_similarities(
+    run: utils.Run,
+    epoch: int,
+    *networks: Wrapper,
+    images: cifar.Images,
+    batch_size: int,
+    precision: utils.Precision,
+) -> None:
+    """The similarity matrices of teacher and student on the first test batch, side by side in TensorBoard."""
+    views, _ = next(images.test_batches(batch_size, VIEWS))
+    with precision.autocast():
+        embeddings = [network(views)[1] for network in networks]
+    pair = utils.similarity_pair("similarity/teacher_and_student", *map(similarity_matrix, embeddings))
+    run.add_events(epoch, pair)
+
+
 def distil(args: Namespace, run: utils.Run, teacher: Wrapper, data: Data, precision: utils.Precision) -> None:
     """Trains the student (backbone and SS head) on the four views of each image."""
     train_set, test_set = data
@@ -227,6 +255,9 @@ def distil(args: Namespace, run: utils.Run, teacher: Wrapper, data: Data, precis
             utils.restore_optimizer(run.last["optimisation"], optimizer, scheduler, precision)
             first, best, acc = run.last["epoch"] + 1, run.last["best"], run.last["acc"]
 
+    if first == 1:
+        views, _ = next(train_set.train_batches(args.batch_size, VIEWS, args.seed, "student", 1))
+        run.add_events(1, utils.views_grid("views", train_set.brightness(views[: 8 * VIEWS]), VIEWS))
     for epoch in range(first, args.epoch + 1):
         student.train()
         meter = utils.Meter(device, f"student epoch {epoch}")
@@ -239,6 +270,10 @@ def distil(args: Namespace, run: utils.Run, teacher: Wrapper, data: Data, precis
         ce_loss, acc = utils.evaluate(student.backbone, test_set, VIEWS * args.batch_size, precision)
         trained["train/lr"] = scheduler.get_last_lr()[0]
         scheduler.step()
+        if epoch in (1, args.epoch):
+            show_similarities(
+                run, epoch, teacher, student, images=test_set, batch_size=args.batch_size, precision=precision
+            )
 
         if acc > best["acc"]:
             best = {"acc": acc, "epoch": epoch}
@@ -250,16 +285,41 @@ def distil(args: Namespace, run: utils.Run, teacher: Wrapper, data: Data, precis
     run.finish(best_acc=best["acc"], best_epoch=best["epoch"], last_acc=acc, epochs=args.epoch)
 
 
+def export(args: Namespace, path: str | Path) -> None:
+    """Writes the student's backbone at `path` to `--export`: normalised images (N, 3, 32, 32) → logits, any N ≥ 1."""
+    with utils.user_errors(ValueError, FileNotFoundError):
+        backbone = models.load(path, args.s_arch, cifar.NUM_CLASSES[args.dataset]).eval()
+    images = torch.randn(2, 3, cifar.SIDE, cifar.SIDE)
+    program = torch.export.export(backbone, (images,), dynamic_shapes=({0: torch.export.Dim("N")},))
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer)
+    buffer.seek(0)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.export.load(buffer).module()(images), backbone(images), rtol=1e-4, atol=1e-4)
+    utils.write_atomically(Path(args.export), buffer.getbuffer())
+    print(f"exported: {args.export}, read back with torch.export.load and checked", flush=True)
+
+
 @utils.entry
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    if args.s_path is not None:
+        export(args, args.s_path)
+        return
+    run = train(args)
+    if args.export is not None:
+        export(args, run.folder)
+
+
+def train(args: Namespace) -> utils.Run:
+    """Steps 2 and 3, or what an interrupted run left of them."""
     with utils.user_errors(ValueError, FileNotFoundError):
         checkpoint = models.find_checkpoint(args.t_path)
         backbone = models.load(checkpoint, args.t_arch, cifar.NUM_CLASSES[args.dataset])
     fingerprint = utils.fingerprint(backbone)
     run = utils.Run(run_folder(args, checkpoint), args, teacher=fingerprint)
     if run.finished():
-        return
+        return run
     device = utils.pick_device(args.gpu_id)
     with utils.user_errors(cifar.DataError):
         data = cifar.load(args, device)
@@ -280,6 +340,7 @@ def main(argv: list[str] | None = None) -> None:
         train_ss_head(args, run, frozen, data, precision, kept)
         utils.save(run.ckpt / "teacher.pth", utils.state(teacher))
     distil(args, run, frozen, data, precision)
+    return run
 
 
 if __name__ == "__main__":

@@ -1,12 +1,16 @@
 """student.py: the published trajectories, the step on a GPU, and runs from the command line."""
 
+import io
 import json
 
+import numpy as np
 import pytest
 import torch
 from conftest import TINY_STUDENT, contents
 from oracle import GOLDEN, PUBLISHED, fill, hashed, labels
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -162,8 +166,9 @@ def test_tensorboard_reads_the_curves_of_both_phases(runs):
     }
     terms = {f"train/{name}" for name in ("ce_loss", "kd_loss", "tf_loss", "ss_loss", "cls_acc", "ss_acc", "lr")}
     logged = head | terms | {"val/ce_loss", "val/cls_acc"}
-    speeds = {f"speed/{phase}_images_per_second" for phase in ("ss_head", "student")}
-    assert set(events.Tags()["scalars"]) == logged | speeds
+    others = {f"speed/{phase}_images_per_second" for phase in ("ss_head", "student")}
+    others |= {"final/best_acc", "final/last_acc"}
+    assert set(events.Tags()["scalars"]) == logged | others
     lines = [json.loads(line) for line in (runs.student / "log.jsonl").read_text().splitlines()]
     for tag in logged:
         points = [(point.step, point.value) for point in events.Scalars(tag)]
@@ -197,3 +202,56 @@ def test_a_head_of_other_flags_is_not_read():
     others = [key("--t-lr", "0.01"), key("--seed", "1"), key(teacher="another"), key(device="cuda")]
     assert len({key(), *others}) == 5
     assert key("--tf-weight", "0", "--lr", "0.3", "--s-arch", "vgg8") == key()
+
+
+def png(value):
+    return np.asarray(Image.open(io.BytesIO(value.encoded_image_string)))
+
+
+def test_tensorboard_shows_the_views_and_the_similarities(runs):
+    events = EventAccumulator(str(runs.student / "events")).Reload()
+    assert set(events.Tags()["images"]) == {"views", "similarity/teacher_and_student"}
+    (views,) = events.Images("views")
+    grid = png(views)
+    assert grid.shape == (8 * 33 + 1, 4 * 33 + 1, 3)  # eight images, four views, a pixel between them
+    similarities = events.Images("similarity/teacher_and_student")
+    assert [image.step for image in similarities] == [1, 3]
+    for image in similarities:
+        assert png(image).shape[:2] == (4 * 48, 4 * (16 + 2 + 16))  # of a batch of 16
+    assert len({image.encoded_image_string for image in similarities}) == 2
+
+
+def test_the_grid_holds_the_views_that_the_student_is_trained_on(runs):
+    (views,) = EventAccumulator(str(runs.student / "events")).Reload().Images("views")
+    pixels, numbers = cifar.synthetic(True, 48)
+    window = cifar.draw(48, 4, 0, "student", 1)
+    data = cifar.Images(pixels, numbers, cifar.STATISTICS["synthetic"], "cpu")
+    x = data.brightness(data.views(window.order[:8], window.window[:8]))
+    first = png(views)[1:33, 1:33].astype(float)
+    assert np.abs(first - x[0].permute(1, 2, 0).numpy() * 255).max() <= 1
+
+
+def test_tensorboard_holds_the_flags_beside_the_final_accuracies(runs):
+    events = EventAccumulator(str(runs.student / "events")).Reload()
+    plugins = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    started = HParamsPluginData.FromString(plugins).session_start_info.hparams
+    flags = json.loads((runs.student / "config.json").read_text())["flags"]
+    assert set(started) == set(flags)
+    assert started["s_arch"].string_value == "resnet8x4"
+    assert started["milestones"].string_value == "2"
+    result = json.loads((runs.student / "result.json").read_text())
+    for name in ("best_acc", "last_acc"):
+        assert events.Scalars(f"final/{name}")[0].value == pytest.approx(result[name])
+
+
+@pytest.mark.parametrize("from_checkpoint", [False, True], ids=["after the run", "of a checkpoint"])
+def test_the_exported_student_answers_like_the_checkpoint(from_checkpoint, runs, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(runs.cwd)
+    flags = ["--s-path", str(runs.student)] if from_checkpoint else ["--t-path", str(runs.teacher), *TINY_STUDENT]
+    student.main([*flags, "--export", str(tmp_path / "student.pt2")])
+    assert "exported" in capsys.readouterr().out
+    exported = torch.export.load(tmp_path / "student.pt2").module()
+    plain = models.load(runs.student).eval()
+    for count in (1, 5):
+        images = torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(count))
+        torch.testing.assert_close(exported(images), plain(images), rtol=1e-4, atol=1e-4)

@@ -3,6 +3,7 @@
 from .errors import Fault, Stopped, UserError, entry, user_errors
 from .files import append, digest, fingerprint, read, restoring, save, state, write_atomically
 from .flags import Parser, add_common_flags, check_arch, check_milestones, data_name, number
+from .pictures import similarity_pair, views_grid
 from .run import Run
 from .training import (
     Meter,
@@ -47,7 +48,9 @@ __all__ = [
     "restoring",
     "save",
     "set_up_torch",
+    "similarity_pair",
     "state",
     "user_errors",
+    "views_grid",
     "write_atomically",
 ]

@@ -25,14 +25,7 @@ from .errors import Fault, UserError
 from .files import append, read, restoring, save, write_atomically
 
 HARMLESS = (
-    "gpu_id",
-    "data_root",
-    "data_url",
-    "experiments",
-    "overwrite",
-    "evaluate",
-    "t_path",
-    "t_arch",
+    "gpu_id data_root data_url experiments overwrite evaluate t_path t_arch s_path export".split()
 )  # change no result
 
 
@@ -188,6 +181,10 @@ class Run:
 
     def finish(self, **result: Any) -> None:
         """Writes result.json: from now on the run is complete."""
+        flags = {name: " ".join(map(str, v)) if isinstance(v, list) else str(v) for name, v in self.flags.items()}
+        accuracies = {f"final/{name}": result[name] for name in ("best_acc", "last_acc")}
+        table = summary.hparams(flags, accuracies)  # a row of TensorBoard's table of runs
+        self.add_events(result["epochs"], *table, *(summary.scalar(*item) for item in accuracies.items()))
         result["seconds"] = round(self.seconds + time.monotonic() - self.began, 1)
         write_atomically(self.folder / "result.json", _json(result))
         print(f"finished: {_summary(result)}", flush=True)
