@@ -38,7 +38,9 @@ def parse_args(argv: list[str] | None) -> Namespace:
     add("--t-arch", help="the teacher's network, where neither its checkpoint nor its folder's name tells")
     add("--s-arch", help=f"the student's network: one of {', '.join(models.model_dict)}")
     add(
-        "--export", metavar="FILE", help="write the best student's backbone there with torch.export, when it is trained"
+        "--export",
+        metavar="FILE",
+        help="write the trained student's backbone there with torch.export, when it is trained",
     )
     add(
         "--s-path", help="with --export alone: a trained student (run folder or checkpoint) to export, without training"
@@ -100,7 +102,7 @@ def run_folder(args: Namespace, checkpoint: Path) -> Path:
 def ss_head_key(args: Namespace, teacher: str, device: torch.device) -> str:
     """Names everything that a trained SS head depends on; `teacher` is the fingerprint of its weights."""
     names = "t_epoch t_lr t_milestones gamma momentum weight_decay batch_size seed amp compile deterministic"
-    names += " dataset train_size test_size few_shot label_noise"
+    names += " dataset train_size test_size few_shot"  # no labels: --label-noise changes nothing
     flags = {name: getattr(args, name) for name in names.split()}
     return utils.digest(flags | {"teacher": teacher, "device": device.type})
 
