@@ -13,6 +13,7 @@ import io
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,14 +38,8 @@ def parse_args(argv: list[str] | None) -> Namespace:
     add("--t-path", help="the teacher: a run folder of teacher.py, or a checkpoint file")
     add("--t-arch", help="the teacher's network, where neither its checkpoint nor its folder's name tells")
     add("--s-arch", help=f"the student's network: one of {', '.join(models.model_dict)}")
-    add(
-        "--export",
-        metavar="FILE",
-        help="write the trained student's backbone there with torch.export, when it is trained",
-    )
-    add(
-        "--s-path", help="with --export alone: a trained student (run folder or checkpoint) to export, without training"
-    )
+    add("--export", metavar="FILE", help="write the trained student's backbone there, by torch.export")
+    add("--s-path", help="export this student (a run folder or checkpoint) instead of training one")
 
     group = parser.add_argument_group("the teacher's SS head (the backbone stays frozen)")
     add = group.add_argument
@@ -204,16 +199,19 @@ def make_loss(args: Namespace, teacher: Wrapper, student: Wrapper, precision: ut
                 t_logits, t_embedding, _ = teacher(x)
             s_logits, s_embedding, _ = student(x)
         terms = sskd_terms(
-            *(s_logits, t_logits, s_embedding, t_embedding, target),
-            **{"kd_T": args.kd_T, "tf_T": args.tf_T, "ss_T": args.ss_T},
-            **{"ratio_tf": args.ratio_tf, "ratio_ss": args.ratio_ss},
+            s_logits,
+            t_logits,
+            s_embedding,
+            t_embedding,
+            target,
+            kd_T=args.kd_T,
+            tf_T=args.tf_T,
+            ss_T=args.ss_T,
+            ratio_tf=args.ratio_tf,
+            ratio_ss=args.ratio_ss,
         )
-        loss = (
-            args.ce_weight * terms.ce
-            + args.kd_weight * terms.kd
-            + args.tf_weight * terms.tf
-            + args.ss_weight * terms.ss
-        )
+        weights = (args.ce_weight, args.kd_weight, args.tf_weight, args.ss_weight)
+        loss = sum(weight * term for weight, term in zip(weights, terms, strict=True))
         with torch.no_grad():
             logged = {f"{name}_loss": term for name, term in terms._asdict().items()}
             similarity = similarity_matrix(s_embedding)
@@ -225,20 +223,11 @@ def make_loss(args: Namespace, teacher: Wrapper, student: Wrapper, precision: ut
 
 
 @torch.inference_mode()
-def show_similarities(
-    run: utils.Run,
-    epoch: int,
-    *networks: Wrapper,
-    images: cifar.Images,
-    batch_size: int,
-    precision: utils.Precision,
-) -> None:
-    """The similarity matrices of teacher and student on the first test batch, side by side in TensorBoard."""
-    views, _ = next(images.test_batches(batch_size, VIEWS))
+def similarity_picture(teacher: Wrapper, student: Wrapper, views: Tensor, precision: utils.Precision) -> Any:
+    """What TensorBoard shows of the similarities that the student is to learn, the teacher's on the left."""
     with precision.autocast():
-        embeddings = [network(views)[1] for network in networks]
-    pair = utils.similarity_pair("similarity/teacher_and_student", *map(similarity_matrix, embeddings))
-    run.add_events(epoch, pair)
+        embeddings = [network(views)[1] for network in (teacher, student)]
+    return utils.similarity_pair("similarity/teacher_and_student", *map(similarity_matrix, embeddings))
 
 
 def distil(args: Namespace, run: utils.Run, teacher: Wrapper, data: Data, precision: utils.Precision) -> None:
@@ -273,9 +262,8 @@ def distil(args: Namespace, run: utils.Run, teacher: Wrapper, data: Data, precis
         trained["train/lr"] = scheduler.get_last_lr()[0]
         scheduler.step()
         if epoch in (1, args.epoch):
-            show_similarities(
-                run, epoch, teacher, student, images=test_set, batch_size=args.batch_size, precision=precision
-            )
+            views, _ = next(test_set.test_batches(args.batch_size, VIEWS))
+            run.add_events(epoch, similarity_picture(teacher, student, views, precision))
 
         if acc > best["acc"]:
             best = {"acc": acc, "epoch": epoch}

@@ -70,6 +70,21 @@ def test_both_training_steps_follow_the_published_trajectories():
         assert loss.item() == pytest.approx(total, rel=1e-6)
 
 
+class Departures(TorchDispatchMode):
+    """Notes every operation that makes a CPU tensor, or has one among its arguments, beside the CUDA ones."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in (*args, *(out if isinstance(out, tuple | list) else [out])):
+            if isinstance(x, torch.Tensor) and x.device.type == "cpu" and x.dim() > 0:
+                self.names.add(func.overloadpacket.__name__)
+        return out
+
+
 @pytest.mark.parametrize("t_arch, s_arch", PAIRS)
 def test_the_step_runs_on_cuda_without_asking_the_device(t_arch, s_arch):
     """On fake tensors a tensor left on the wrong device fails, and so does a value that the host asks for."""
@@ -84,10 +99,12 @@ def test_the_step_runs_on_cuda_without_asking_the_device(t_arch, s_arch):
         ss_loss_of = student.make_ss_loss(teacher, precision)
         meter = utils.Meter(torch.device("cuda"), "test")
         rows, window = torch.arange(8), torch.zeros(8, 4, dtype=torch.int64)
-        x, target = data.views(rows, window), data.labels[rows]
-        loss, logged = loss_of(x, target)
-        meter.add(len(target), **logged)
-        ss_loss, _ = ss_loss_of(x)
+        with Departures() as seen:
+            x, target = data.views(rows, window), data.labels[rows]
+            loss, logged = loss_of(x, target)
+            meter.add(len(target), **logged)
+            ss_loss, _ = ss_loss_of(x)
+        assert not seen.names
         assert x.shape == (32, 3, 32, 32)
         assert {loss.device.type, ss_loss.device.type, meter.total.device.type} == {"cuda"}
 
