@@ -48,10 +48,13 @@ def own_image(rows: int, device: torch.device) -> Tensor:
 def similarity_matrix(embedding: Tensor) -> Tensor:
     """Cosine similarity of every rotated view to every unrotated image (section 3.1, the matrix A).
 
-    (4B, D) → (3B, B) in [-1, 1]. One product of unit vectors, rather than the 3B × D × B tensor of their pairs.
+    (4B, D) → (3B, B) in [-1, 1]. One matrix product, not the 3B × D × B tensor of all pairs; lengths are divided out
+    of the product, not of the wider embeddings.
     """
-    unrotated, rotated = split_views(F.normalize(_full(embedding), dim=1))
-    return rotated @ unrotated.T
+    embedding = _full(embedding)
+    unrotated, rotated = split_views(embedding)
+    length, rotated_length = split_views(torch.linalg.vector_norm(embedding, dim=1).clamp(min=1e-8))
+    return rotated @ unrotated.T / rotated_length.unsqueeze(1) / length
 
 
 def selective_mask(scores: Tensor, target: Tensor, ratio: float) -> Tensor:
@@ -75,15 +78,16 @@ def selective_mask(scores: Tensor, target: Tensor, ratio: float) -> Tensor:
     # W · ratio is Python's product only in float64, which Apple's MPS does not have
     precise = torch.float32 if scores.device.type == "mps" else torch.float64
     kept = len(scores) - wrong + (wrong.to(precise) * ratio).long()
-    position = rank.argsort(stable=True).argsort()
-    return position < kept
+    ranking = rank.argsort(stable=True)
+    first = torch.arange(len(rank), device=rank.device) < kept
+    return torch.empty_like(first).scatter_(0, ranking, first)
 
 
-def _kl_rows(s_logits: Tensor, t_logits: Tensor, temperature: float) -> Tensor:
-    """T² · KL(softmax(teacher / T) ‖ softmax(student / T)) of each row: (N, C), (N, C) → (N,)."""
-    s_log = F.log_softmax(s_logits / temperature, dim=1)
-    t_log = F.log_softmax(t_logits / temperature, dim=1)
-    return F.kl_div(s_log, t_log, reduction="none", log_target=True).sum(1) * temperature**2
+def _kl_rows(s_logits: Tensor, t_logits: Tensor, temperature: Tensor | float) -> Tensor:
+    """KL(softmax(teacher / T) ‖ softmax(student / T)) along the last dimension: (…, C), (…, C) → (…)."""
+    s_log = F.log_softmax(s_logits / temperature, dim=-1)
+    t_log = F.log_softmax(t_logits / temperature, dim=-1)
+    return F.kl_div(s_log, t_log, reduction="none", log_target=True).sum(-1)
 
 
 def _mean_kept(rows: Tensor, kept: Tensor) -> Tensor:
@@ -133,15 +137,18 @@ def sskd_terms(
         kd_T, tf_T, ss_T: temperatures, positive.
         ratio_tf, ratio_ss: share of the teacher's wrong rows that is kept, in [0, 1].
     """
-    s_plain, s_rotated = split_views(_full(s_logits))
-    t_plain, t_rotated = split_views(_full(t_logits))
-    ce = F.cross_entropy(s_plain, target)
-    kd = _kl_rows(s_plain, t_plain, kd_T).mean()
+    s_logits, t_logits = (_full(logits).unflatten(0, (-1, VIEWS)) for logits in (s_logits, t_logits))  # B x 4 x C
+    ce = F.cross_entropy(s_logits[:, 0], target)
 
-    kept = selective_mask(t_rotated, per_rotated(target), ratio_tf)
-    tf = _mean_kept(_kl_rows(s_rotated, t_rotated, tf_T), kept)
+    # kd and tf are one divergence, at two temperatures: half the kernels of two
+    temperature = s_logits.new_full((VIEWS, 1), tf_T)
+    temperature[0] = kd_T
+    kl = _kl_rows(s_logits, t_logits, temperature)  # B x 4
+    kd = kl[:, 0].mean() * kd_T**2
+    kept = selective_mask(t_logits[:, 1:].flatten(0, 1), per_rotated(target), ratio_tf)
+    tf = _mean_kept(kl[:, 1:].flatten(), kept) * tf_T**2
 
-    s_similarity, t_similarity = similarity_matrix(s_embedding), similarity_matrix(t_embedding)
+    s_similarity, t_similarity = similarity_matrix(s_embedding), similarity_matrix(t_embedding)  # 3B x B
     kept = selective_mask(t_similarity, own_image(len(t_similarity), target.device), ratio_ss)
-    ss = _mean_kept(_kl_rows(s_similarity, t_similarity, ss_T), kept)
+    ss = _mean_kept(_kl_rows(s_similarity, t_similarity, ss_T), kept) * ss_T**2
     return SSKDTerms(ce, kd, tf, ss)
