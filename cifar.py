@@ -205,7 +205,7 @@ def _read(name: str, root: str | Path, train: bool, url: str | None) -> tuple[Te
         data = dataset(str(root), train=train, download=True)
     except Exception as error:  # torchvision, urllib, tarfile, gzip and pickle each raise their own
         place = Path(root) / ("FashionMNIST/raw" if name == "fashion_mnist" else "")
-        files = "its four .gz files" if name == "fashion_mnist" else dataset.filename
+        files = "its four files, unpacked," if name == "fashion_mnist" else dataset.filename
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(
             f"{name} could not be read from or downloaded to {root} ({reason}); put {files} into {place}, "

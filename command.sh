@@ -235,7 +235,7 @@ stop() { # SIGNAL
   local pid
   trap '' INT TERM HUP
   touch "$work/stop"
-  for pid in $(jobs -p); do kill -TERM "$pid" 2>/dev/null; done
+  for pid in $(jobs -pr); do kill -TERM "$pid" 2>/dev/null; done
   wait
   summary
   exit $((128 + $1))

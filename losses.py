@@ -31,8 +31,9 @@ def _full(x: Tensor) -> Tensor:
 
 def split_views(x: Tensor) -> tuple[Tensor, Tensor]:
     """(4B, …) → the B unrotated rows and the 3B rotated rows."""
-    x = x.unflatten(0, (-1, VIEWS))
-    return x[:, 0], x[:, 1:].flatten(0, 1)
+    # split rather than indexed: its gradient is one concatenation, not two tensors of zeros to add up
+    unrotated, rotated = x.unflatten(0, (-1, VIEWS)).split([1, VIEWS - 1], dim=1)
+    return unrotated.flatten(0, 1), rotated.flatten(0, 1)
 
 
 def per_rotated(x: Tensor) -> Tensor:
@@ -54,7 +55,7 @@ def similarity_matrix(embedding: Tensor) -> Tensor:
     embedding = _full(embedding)
     unrotated, rotated = split_views(embedding)
     length, rotated_length = split_views(torch.linalg.vector_norm(embedding, dim=1).clamp(min=1e-8))
-    return rotated @ unrotated.T / rotated_length.unsqueeze(1) / length
+    return rotated @ unrotated.T / (rotated_length.unsqueeze(1) * length)
 
 
 def selective_mask(scores: Tensor, target: Tensor, ratio: float) -> Tensor:
@@ -71,16 +72,18 @@ def selective_mask(scores: Tensor, target: Tensor, ratio: float) -> Tensor:
     Returns:
         (N,) bool.
     """
-    of_target = scores.gather(1, target.unsqueeze(1))
-    before = torch.arange(scores.shape[1], device=scores.device) < target.unsqueeze(1)
-    rank = ((scores > of_target) | ((scores == of_target) & before)).sum(1)  # error level: 0 is correct
+    if ratio == 1:
+        return torch.ones_like(target, dtype=torch.bool)
+    target = target.unsqueeze(1)
+    of_target = scores.gather(1, target)
+    before = torch.arange(scores.shape[1], device=scores.device) < target
+    rank = torch.where(before, scores >= of_target, scores > of_target).sum(1)  # error level: 0 is correct
     wrong = (rank > 0).sum()
     # W · ratio is Python's product only in float64, which Apple's MPS does not have
     precise = torch.float32 if scores.device.type == "mps" else torch.float64
     kept = len(scores) - wrong + (wrong.to(precise) * ratio).long()
-    ranking = rank.argsort(stable=True)
-    first = torch.arange(len(rank), device=rank.device) < kept
-    return torch.empty_like(first).scatter_(0, ranking, first)
+    position = rank.argsort(stable=True).argsort()
+    return position < kept
 
 
 def _kl_rows(s_logits: Tensor, t_logits: Tensor, temperature: Tensor | float) -> Tensor:

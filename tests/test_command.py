@@ -485,7 +485,7 @@ def test_a_sweep_stopped_half_way_ends_with_the_right_table(tmp_path):
     for name in ("teacher.py", "student.py", "experiments/table.py"):
         (tmp_path / name).symlink_to(ROOT / name)
     sweep = {"PYTHON": sys.executable, "DATASET": "synthetic", "SEEDS": "0 1", "PAIRS": TWO_PAIRS}
-    sweep |= {"FLAGS": "--train-size 200 --test-size 100 --epoch 2 --milestones 1"}
+    sweep |= {"FLAGS": "--epoch 2 --milestones 1 --train-size 200 --test-size 100"}
     sweep |= {"STUDENT_FLAGS": "--t-epoch 2 --t-milestones 1"}
 
     script = ["bash", tmp_path / "command.sh"]

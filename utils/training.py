@@ -1,6 +1,8 @@
 """The device, its precision, the optimizer, and the meters of a training loop."""
 
 import argparse
+import contextlib
+import ctypes
 import functools
 import os
 import platform
@@ -42,6 +44,21 @@ def set_up_torch(seed: int, device: torch.device, deterministic: bool) -> None:
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs to repeat itself
     torch.use_deterministic_algorithms(deterministic)
+    if device.type == "cpu":
+        keep_freed_memory(True)
+
+
+def keep_freed_memory(keep: bool) -> None:
+    """Lets glibc keep what it frees, up to 1 GB, or (`keep` false) as little as it comes to keep by itself.
+
+    By itself it gives large blocks back to the system and gets them anew, page by page, at every step: a tenth of a
+    step's time on a CPU. Elsewhere than with glibc nothing changes.
+    """
+    m_trim_threshold, m_mmap_threshold = -1, -3  # of malloc.h
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        mallopt(m_mmap_threshold, 1 << 30 if keep else 32 << 20)
+        mallopt(m_trim_threshold, 1 << 30 if keep else 64 << 20)
 
 
 class Precision:
