@@ -8,8 +8,9 @@
 The published pipeline is written anew here, as a plain baseline: four PIL views an image through a DataLoader, cosine
 similarity of expanded tensors, selective transfer by sorting, a graph through the frozen teacher, contiguous layout,
 float32, SGD without fusion, a meter that reads every figure back at every step. "Here" are the functions student.py
-runs. Both get the same weights, images and batch size, on the same device and threads; their losses must agree before
-anything is timed. They take turns within each repetition; a figure is the median of its repetitions.
+runs. Each side has a process of its own, set up as its scripts are, since some of it (the memory allocator) holds for
+a whole process; both get the same weights, images, batch size and threads, and their losses must agree before anything
+is timed. They take turns within each repetition, one idle while the other runs; a figure is the median.
 
     figure                    of a batch of 64 images (256 views), in seconds unless said
     views                     its four views, by one process and one thread
@@ -21,8 +22,8 @@ anything is timed. They take turns within each repetition; a figure is the media
     peak_share                share of the machine's matrix-product rate that the step reaches: more is better
     ss_epoch                  an epoch of the SS head, scaled down: some training batches and a fifth as many test
                               images. Here it includes a 60th of what is done once for 60 epochs, the test features
-    peak_memory               bytes that a step needs beyond those held before it, in a process of its own: allocated
-                              on the device (CUDA), else resident in memory (Linux' high-water mark)
+    peak_memory               bytes that a step needs beyond those held before it, in a fresh process: allocated on
+                              the device (CUDA), else resident in memory (Linux' high-water mark)
     batch_scaling             student_step per image, as the batch grows; here only, ratio = to the smallest batch
 
 `--json` writes rows {figure, pair, amp, published, here, ratio}: ratio = published ÷ here, null where here is below 0.
@@ -40,7 +41,8 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
+from concurrent.futures.process import BrokenProcessPool
+from functools import lru_cache, partial
 from itertools import chain, count, islice
 from pathlib import Path
 from statistics import median
@@ -83,10 +85,10 @@ class Plan(NamedTuple):
     ss_batches: int = 2  # of an SS-head epoch
     widths: tuple[int, ...] = (128, 256, 512, 1024, 2048)
     batches: tuple[int, ...] = (64, 128, 256, 512)
-    side: int = 4096  # of the matrices that tell the machine's rate
+    side: int = 2048  # of the matrices that tell the machine's rate; a GPU wants larger ones
 
 
-QUICK = {"seconds": 4, "ss_batches": 1, "widths": (128, 2048), "batches": (64, 128), "side": 2048}
+QUICK = {"seconds": 4, "ss_batches": 1, "widths": (128, 2048), "batches": (64, 128)}
 
 # ------------------------------------------------------------------------------------------- the published pipeline
 
@@ -171,6 +173,8 @@ def published_ss_loss(embedding: Tensor) -> tuple[Tensor, dict]:
 
 
 def published_side(plan: Plan, pair: str, images: cifar.Images) -> Side:
+    torch.backends.cudnn.benchmark = True  # all that it sets up
+    torch.backends.cudnn.benchmark = True
     teacher, network = make_networks(pair, plan.device)
     workers = 4 if plan.device.type == "cuda" else 0
     one_process, batches = published_batches(images, plan.batch), published_batches(images, plan.batch, workers)
@@ -198,12 +202,13 @@ def published_side(plan: Plan, pair: str, images: cifar.Images) -> Side:
             note(published_ss_loss(teacher(x)[1])[1])
 
     return {
-        "views": lambda: next(one_process),
+        "views": lambda: on_one_thread(one_process),
         "teacher_forward": lambda: teacher(fixed),
         "student_forward_backward": lambda: backward(network, network(fixed)),
         "student_step": lambda: learn(optimizer, *published_loss(teacher, network, *next(batches))),
         "ss_epoch": ss_epoch,
-    }
+        "product": matrix_product(plan.side, "off", plan.device),
+    } | loss_functions(published_terms, plan, teacher, network, "off", teacher_graph=True)
 
 
 # -------------------------------------------------------------------------------------------------- this repository
@@ -211,6 +216,7 @@ def published_side(plan: Plan, pair: str, images: cifar.Images) -> Side:
 
 def here_side(plan: Plan, pair: str, images: cifar.Images) -> Side:
     """The lines of student.py's loops, over its own functions."""
+    utils.set_up_torch(0, plan.device, deterministic=False)
     args, precision = student_flags(), utils.Precision(plan.amp, plan.device)
     teacher, network = (net.to(memory_format=torch.channels_last) for net in make_networks(pair, plan.device))
     teacher = fold_batch_norms(teacher)
@@ -253,8 +259,15 @@ def here_side(plan: Plan, pair: str, images: cifar.Images) -> Side:
         student.test_ss_head(teacher.proj_head, features, precision, test_meter)
         epoch_meter.means(), test_meter.means()
 
-    functions = (teacher_forward, student_forward_backward, student_step, ss_features, ss_epoch)
-    return {"views": lambda: next(batches)} | {function.__name__: function for function in functions}
+    return {
+        "views": lambda: on_one_thread(batches),
+        "teacher_forward": teacher_forward,
+        "student_forward_backward": student_forward_backward,
+        "student_step": student_step,
+        "ss_features": ss_features,
+        "ss_epoch": ss_epoch,
+        "product": matrix_product(plan.side, plan.amp, plan.device),
+    } | loss_functions(compiled(sskd_terms), plan, teacher, network, plan.amp, teacher_graph=False)
 
 
 SIDES = {"published": published_side, "here": here_side}
@@ -289,19 +302,40 @@ def backward(network: nn.Module, output: tuple[Tensor, Tensor, Tensor]) -> None:
     network.zero_grad()
 
 
-def loss_functions(plan: Plan, s_width: int, t_width: int) -> Side:
-    """Each side's terms with their gradients, at embeddings of these widths."""
-    torch.manual_seed(0)
-    shapes = [(VIEWS * plan.batch, width) for width in (CLASSES, CLASSES, s_width, t_width)]
-    theirs = [torch.randn(shape, device=plan.device, requires_grad=True) for shape in shapes]
-    ours = [x.detach().to(DTYPES[plan.amp]).requires_grad_(i % 2 == 0) for i, x in enumerate(theirs)]
-    target = torch.randint(CLASSES, (plan.batch,), device=plan.device)
+def on_one_thread(batches: Iterator) -> None:
+    """Takes the next batch."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    next(batches)
+    torch.set_num_threads(threads)
 
-    def run(terms_of: Callable, inputs: list[Tensor]) -> None:
-        torch.autograd.grad(total(terms_of(*inputs, target)), inputs[::2])
 
-    terms_of = utils.compiled(sskd_terms, plan.compile, plan.device)
-    return {"published": partial(run, published_terms, theirs), "here": partial(run, terms_of, ours)}
+def loss_functions(
+    terms_of: Callable, plan: Plan, teacher: Wrapper, network: Wrapper, amp: str, teacher_graph: bool
+) -> Side:
+    """The terms with their gradients, at the pair's own embedding widths (`loss`) and at others (`D128` …)."""
+
+    def function(s_width: int, t_width: int) -> Callable[[], Any]:
+        torch.manual_seed(0)
+        shapes = [(VIEWS * plan.batch, width) for width in (CLASSES, CLASSES, s_width, t_width)]
+        inputs = [torch.randn(shape).to(plan.device, DTYPES[amp]) for shape in shapes]
+        for x in inputs if teacher_graph else inputs[::2]:
+            x.requires_grad_()
+        target = torch.randint(CLASSES, (plan.batch,)).to(plan.device)
+        return lambda: torch.autograd.grad(total(terms_of(*inputs, target)), inputs[::2])
+
+    own = function(*(net.proj_head[0].in_features for net in (network, teacher)))
+    return {"loss": own} | {f"D{width}": function(width, width) for width in plan.widths}
+
+
+def matrix_product(side: int, amp: str, device: torch.device) -> Callable[[], Tensor]:
+    """A product of 2 · side³ FLOP, large enough for the machine's peak.
+
+    As a 1 × 1 convolution, so by the library of the others: in float32 `@` has half its rate on AMD, no TF32 on CUDA.
+    """
+    x = torch.randn(side // 16, side, 4, 4).to(device, DTYPES[amp], memory_format=torch.channels_last)
+    weight = torch.randn(side, side, 1, 1).to(x)
+    return lambda: F.conv2d(x, weight)
 
 
 @torch.no_grad()
@@ -321,44 +355,63 @@ def check_pair(pair: str) -> None:
 # ---------------------------------------------------------------------------------------------------------- measuring
 
 
-def clock(function: Callable[[], Any], device: torch.device) -> float:
-    """Seconds of one call."""
-    if device.type == "cuda":
+@lru_cache
+def figures_of(side: str, plan: Plan, pair: str) -> Side:
+    return SIDES[side](plan, pair, make_images(plan.images, plan.device))
+
+
+def clock(side: str, plan: Plan, pair: str, figure: str) -> float:
+    """Seconds of one call; of brief ones, the mean of ten.
+
+    Runs in the side's own process, which keeps its networks and data from call to call.
+    """
+    function = figures_of(side, plan, pair)[figure]
+    brief = figure in ("views", "loss") or figure.startswith("D")
+    calls = 10 if brief or plan.device.type == "cuda" else 1
+    if brief:
+        function()  # what the other side left in the caches would cost more than the call
+    if plan.device.type == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        for _ in range(10):
+        for _ in range(calls):
             function()
         end.record()
         end.synchronize()
-        return start.elapsed_time(end) / 1000 / 10
+        return start.elapsed_time(end) / 1000 / calls
     began = time.perf_counter()
-    function()
-    if device.type == "mps":
+    for _ in range(calls):
+        function()
+    if plan.device.type == "mps":
         torch.mps.synchronize()
-    return time.perf_counter() - began
+    return (time.perf_counter() - began) / calls
 
 
-def time_all(plan: Plan, functions: dict[Any, Callable], share: float = 1.0) -> dict[Any, np.ndarray]:
-    """Seconds of each function and repetition, in turns so that a busy moment strikes all alike."""
-    for function in functions.values():
-        clock(function, plan.device)  # to warm up
+def new_process() -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+
+
+def call(process: ProcessPoolExecutor, function: Callable, *args: Any) -> Any:
+    try:
+        return process.submit(function, *args).result()
+    except BrokenProcessPool as error:
+        raise utils.Fault("a process of the measurement was killed; memory may have run out") from error
+
+
+def time_all(plan: Plan, calls: dict[Any, Callable[[], float]], share: float = 1.0) -> dict[Any, np.ndarray]:
+    """Seconds of each call and repetition, in turns so that a busy moment strikes all alike."""
+    for run in calls.values():
+        run()  # to warm up
     rounds: list[list[float]] = []
     began = time.monotonic()
     while len(rounds) < plan.least or (len(rounds) < 50 and time.monotonic() - began < plan.seconds * share):
-        rounds.append([clock(function, plan.device) for function in functions.values()])
-    return dict(zip(functions, np.array(rounds).T, strict=True))
-
-
-def matrix_rate(plan: Plan, amp: str) -> float:
-    """FLOP/s of a large matrix product: what this machine can do."""
-    matrix = torch.randn(plan.side, plan.side, device=plan.device, dtype=DTYPES[amp])
-    return 2 * plan.side**3 / time_all(plan, {"product": lambda: matrix @ matrix}, 0.1)["product"].min()
+        rounds.append([run() for run in calls.values()])
+    return dict(zip(calls, np.array(rounds).T, strict=True))
 
 
 def step_flops(plan: Plan, pair: str) -> float:
     """Of the convolutions and linear layers: teacher forward, student forward and backward."""
-    teacher, network = make_networks(pair, plan.device)
-    x = torch.randn(VIEWS, 3, cifar.SIDE, cifar.SIDE, device=plan.device)
+    teacher, network = make_networks(pair, torch.device("cpu"))
+    x = torch.randn(VIEWS, 3, cifar.SIDE, cifar.SIDE)
     with FlopCounterMode(display=False) as counter:
         teacher(x)
         backward(network, network(x))
@@ -382,11 +435,6 @@ def memory(device: torch.device, key: str) -> int:
     return int(re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 
 
-def in_own_process(function: Callable, *args: Any) -> Any:
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *args).result()
-
-
 def row(figure: str, pair: str, amp: str, published: float | None, here: float, ratio: float | None = None) -> dict:
     """One row, printed as soon as it is measured."""
     ratio = published / here if ratio is None and here > 0 else ratio
@@ -398,72 +446,63 @@ def row(figure: str, pair: str, amp: str, published: float | None, here: float, 
     return {"figure": figure, "pair": pair, "amp": amp} | numbers
 
 
-def loss_rows(plan: Plan) -> Iterator[dict]:
-    functions = {(D, side): run for D in plan.widths for side, run in loss_functions(plan, D, D).items()}
-    seconds = {key: median(values) for key, values in time_all(plan, functions, 0.5).items()}
-    for D in plan.widths:
-        yield row("loss", f"D{D}", plan.amp, seconds[D, "published"], seconds[D, "here"])
+def pair_rows(plan: Plan, pair: str, first: bool) -> Iterator[dict]:
+    """All figures of one pair; of the first also the loss at other widths, and the step in bf16."""
+    check_pair(pair)
+    with new_process() as theirs, new_process() as ours:
+        processes = {"published": theirs, "here": ours}
+
+        def call_of(figure: str, side: str, amp: str = plan.amp) -> Callable[[], float]:
+            return partial(call, processes[side], clock, side, plan._replace(amp=amp), pair, figure)
+
+        def calls_of(*figures: str) -> dict:
+            return {(figure, side): call_of(figure, side) for figure in figures for side in processes}
+
+        for figure in ("views", "loss", *(f"D{width}" for width in plan.widths if first)):
+            values = time_all(plan, calls_of(figure), 0.1).values()
+            name = ("loss", figure) if figure[0] == "D" else (figure, pair)
+            yield row(*name, plan.amp, *map(median, values))
+
+        figures = ("teacher_forward", "student_forward_backward", "student_step")
+        calls = calls_of(*figures, "product")  # the peak in the same rounds: what slows the machine slows both
+        bf16_too = first and plan.amp == "off" and has_bf16(plan.device)
+        if bf16_too:
+            calls["bf16"] = call_of("student_step", "here", "bf16")
+        seconds = time_all(plan, calls)
+        for figure in figures:
+            yield row(figure, pair, plan.amp, *(median(seconds[figure, side]) for side in processes))
+        step = {side: median(seconds["student_step", side]) for side in processes}
+        if bf16_too:
+            yield row("student_step", pair, "bf16", step["published"], median(seconds["bf16"]))
+        outside = (1 - sum(seconds[f, side] for f in figures[:2]) / seconds["student_step", side] for side in processes)
+        yield row("overhead", pair, plan.amp, *map(median, outside))
+        ideal = step_flops(plan, pair) / (2 * plan.side**3)  # in products
+        yield row("peak_share", pair, plan.amp, *(ideal * median(seconds["product", s]) / step[s] for s in processes))
+
+        calls = {"once": call_of("ss_features", "here")} | calls_of("ss_epoch")
+        once, published, here = map(median, time_all(plan, calls, 0.5).values())
+        yield row("ss_epoch", pair, plan.amp, published, here + once / student_flags().t_epoch)
+    if plan.device.type == "cuda" or Path("/proc/self/status").exists():
+        with new_process() as theirs, new_process() as ours:
+            alone = plan._replace(compile=False)  # a compiler's own memory is not the step's
+            peaks = (call(theirs, peak_memory, "published", alone, pair), call(ours, peak_memory, "here", alone, pair))
+            yield row("peak_memory", pair, plan.amp, *peaks)
 
 
-def batch_rows(plan: Plan, pair: str, images: cifar.Images) -> Iterator[dict]:
-    steps = {size: here_side(plan._replace(batch=size), pair, images)["student_step"] for size in plan.batches}
-    each = {size: median(values) / size for size, values in time_all(plan, steps).items()}
+def batch_rows(plan: Plan, pair: str) -> Iterator[dict]:
+    with new_process() as ours:
+        plans = {size: plan._replace(batch=size) for size in plan.batches}
+        calls = {size: partial(call, ours, clock, "here", plans[size], pair, "student_step") for size in plans}
+        each = {size: median(values) / size for size, values in time_all(plan, calls).items()}
     for size, seconds in each.items():
         yield row("batch_scaling", f"{pair} B{size}", plan.amp, None, seconds, seconds / each[plan.batches[0]])
 
 
-def pair_rows(plan: Plan, pair: str, images: cifar.Images, rates: dict[str, float], bf16_too: bool) -> Iterator[dict]:
-    """All figures of one pair; `rates`: the machine's matrix products, by precision."""
-    check_pair(pair)
-    sides = {name: make(plan, pair, images) for name, make in SIDES.items()}
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    seconds = time_all(plan, {name: side["views"] for name, side in sides.items()}, 0.1)
-    torch.set_num_threads(threads)
-    yield row("views", pair, plan.amp, *map(median, seconds.values()))
-    t_width, s_width = (net.proj_head[0].in_features for net in make_networks(pair, plan.device))
-    seconds = time_all(plan, loss_functions(plan, s_width, t_width), 0.1)
-    yield row("loss", pair, plan.amp, *map(median, seconds.values()))
-
-    figures = ("teacher_forward", "student_forward_backward", "student_step")
-    functions = {(figure, name): side[figure] for figure in figures for name, side in sides.items()}
-    if bf16_too:
-        functions["bf16"] = here_side(plan._replace(amp="bf16"), pair, images)["student_step"]
-    seconds = time_all(plan, functions)
-    for figure in figures:
-        yield row(figure, pair, plan.amp, *(median(seconds[figure, name]) for name in sides))
-    step = {name: median(seconds["student_step", name]) for name in sides}
-    if bf16_too:
-        yield row("student_step", pair, "bf16", step["published"], median(seconds["bf16"]))
-    outside = (1 - sum(seconds[f, name] for f in figures[:2]) / seconds["student_step", name] for name in sides)
-    yield row("overhead", pair, plan.amp, *map(median, outside))
-    flops = step_flops(plan, pair)
-    shares = (flops / step["published"] / rates["off"], flops / step["here"] / rates[plan.amp])
-    yield row("peak_share", pair, plan.amp, *shares)
-
-    functions = {"once": sides["here"]["ss_features"]} | {name: side["ss_epoch"] for name, side in sides.items()}
-    once, published, here = map(median, time_all(plan, functions, 0.5).values())
-    yield row("ss_epoch", pair, plan.amp, published, here + once / student_flags().t_epoch)
-    if plan.device.type == "cuda" or Path("/proc/self/status").exists():
-        alone = plan._replace(compile=False)  # a compiler's own memory is not the step's
-        peaks = (in_own_process(peak_memory, name, alone, pair) for name in sides)
-        yield row("peak_memory", pair, plan.amp, *peaks)
-
-
-def measure(plan: Plan, pairs: list[str]) -> list[dict]:
-    """Prints the table; returns its rows."""
-    rates = {amp: matrix_rate(plan, amp) for amp in ("off", plan.amp)}
-    print("matrix product: " + ", ".join(f"--amp {amp} {rate / 1e9:,.0f} GFLOP/s" for amp, rate in rates.items()))
-    print(TABLE.format("figure", "pair", "amp", "published", "here", "ratio"))
-    images, rows = make_images(plan.images, plan.device), [*loss_rows(plan)]
-    if plan.device.type == "cuda":
-        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        has_bf16 = any(has for name, has in torch.cpu.get_capabilities().items() if "bf16" in name)
-    for pair in pairs:
-        rows += pair_rows(plan, pair, images, rates, has_bf16 and plan.amp == "off" and pair == pairs[0])
-    return [*rows, *batch_rows(plan, pairs[0], images)]
+def has_bf16(device: torch.device) -> bool:
+    """Whether the device multiplies bf16 by its own instructions."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return any(has for name, has in torch.cpu.get_capabilities().items() if "bf16" in name)
 
 
 @utils.entry
@@ -484,12 +523,13 @@ def main(argv: list[str] | None = None) -> None:
         raise utils.UserError(f"--json {args.json}: its folder does not exist")
     with utils.user_errors(RuntimeError, AssertionError):  # no such device in this build, or on this machine
         device = torch.zeros(1, device=args.device).device if args.device else utils.pick_device(0)
-    utils.set_up_torch(0, device, deterministic=False)
-    plan, pairs = Plan(device, args.amp, args.compile), args.pairs
+    plan, pairs = Plan(device, args.amp, args.compile, side=8192 if device.type == "cuda" else 2048), args.pairs
     if args.quick:
         plan, pairs = plan._replace(**QUICK), pairs[:1]
     print(f"machine: {device}, {torch.get_num_threads()} threads, PyTorch {torch.__version__}")
-    rows = measure(plan, pairs)
+    print(TABLE.format("figure", "pair", "amp", "published", "here", "ratio"))
+    rows = [row for pair in pairs for row in pair_rows(plan, pair, pair == pairs[0])]
+    rows += batch_rows(plan, pairs[0])
     if args.json:
         utils.write_atomically(args.json, (json.dumps(rows, indent=1) + "\n").encode())
 

@@ -45,11 +45,11 @@ def set_up_torch(seed: int, device: torch.device, deterministic: bool) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs to repeat itself
     torch.use_deterministic_algorithms(deterministic)
     if device.type == "cpu":
-        keep_freed_memory(True)
+        _keep_freed_memory()
 
 
-def keep_freed_memory(keep: bool) -> None:
-    """Lets glibc keep what it frees, up to 1 GB, or (`keep` false) as little as it comes to keep by itself.
+def _keep_freed_memory() -> None:
+    """Lets glibc keep what it frees, up to 1 GB.
 
     By itself it gives large blocks back to the system and gets them anew, page by page, at every step: a tenth of a
     step's time on a CPU. Elsewhere than with glibc nothing changes.
@@ -57,8 +57,8 @@ def keep_freed_memory(keep: bool) -> None:
     m_trim_threshold, m_mmap_threshold = -1, -3  # of malloc.h
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL("libc.so.6").mallopt
-        mallopt(m_mmap_threshold, 1 << 30 if keep else 32 << 20)
-        mallopt(m_trim_threshold, 1 << 30 if keep else 64 << 20)
+        mallopt(m_mmap_threshold, 1 << 30)
+        mallopt(m_trim_threshold, 1 << 30)
 
 
 class Precision:
