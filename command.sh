@@ -11,8 +11,9 @@
 #   bash command.sh demo         a teacher, a small student alone and with SSKD, in minutes on a CPU
 #   bash command.sh test         lint and tests (test-slow: those that take longer)
 #   bash command.sh bench        how fast it is (bench.py and its flags)
+#   bash command.sh study        the comparison of experiments/README.md: hours on 2 cores. GPUS="0 0" runs two at a time
 #
-# The first four take --dry-run, which prints the commands, one a line. A run that is finished is skipped and one that
+# The first four and study take --dry-run, which prints the commands, one a line. A run that is finished is skipped and one that
 # was stopped goes on, so the same command continues everything; one that fails does not keep the next from running. The
 # last lines tell what became of each; the exit status is 1 if any failed.
 #
@@ -33,7 +34,7 @@ TEACHERS="wrn_40_2 resnet56 resnet32x4 vgg13 ResNet50
   wrn_16_2 wrn_40_1 resnet20 resnet8x4 vgg8 MobileNetV2 ShuffleV1 ShuffleV2" # from wrn_16_2 on: students alone
 SIMILAR="wrn_40_2:wrn_16_2 wrn_40_2:wrn_40_1 resnet56:resnet20 resnet32x4:resnet8x4 vgg13:vgg8"
 CROSS="vgg13:MobileNetV2 ResNet50:MobileNetV2 ResNet50:vgg8 resnet32x4:ShuffleV1 resnet32x4:ShuffleV2 wrn_40_2:ShuffleV1"
-PARTS="all teachers similar cross table setup demo test test-slow bench"
+PARTS="all teachers similar cross table setup demo study test test-slow bench"
 
 python=${PYTHON:-python3}
 if [ -z "${PYTHON-}" ] && [ -x .venv/bin/python ]; then python=.venv/bin/python; fi
@@ -285,6 +286,21 @@ demo() { # small enough for 2 CPU cores: about 3 minutes
   "$python" experiments/table.py "$runs" --dataset "$DATASET"
 }
 
+# ----------------------------------------------------------------------------------------------------------- the study
+
+study() { # alone, KD, KD + tf and SSKD on Fashion-MNIST, then KD and SSKD with few or noisy labels; same teachers in all
+  export DATASET=fashion_mnist PAIRS=resnet20:resnet8 SEEDS=${SEEDS:-0 1 2}
+  export FLAGS="--train-size 5000 --epoch 24 --milestones 15 18 21 --amp bf16${FLAGS:+ $FLAGS}"
+  local flags failed=0 methods="ce kd tf sskd"
+  for flags in "" " --few-shot 0.25" " --label-noise 0.3"; do
+    METHODS=$methods STUDENT_FLAGS="--t-epoch 6 --t-milestones 3 5$flags" bash command.sh all "$@" || failed=$?
+    if [ "$failed" -gt 128 ]; then return "$failed"; fi
+    methods="kd sskd"
+  done
+  if [ $# = 0 ]; then "$python" experiments/table.py "$runs" --dataset "$DATASET"; fi
+  return "$failed"
+}
+
 if [ "${1-}" = --dry-run ]; then set -- "${2-all}" --dry-run "${@:3}"; fi
 part=${1-all}
 if [ $# -gt 0 ]; then shift; fi
@@ -293,6 +309,7 @@ case $part in
   table) "$python" experiments/table.py ${DATASET:+--dataset "$DATASET"} "$@" ;;
   setup) setup requirements.txt ;;
   demo) setup requirements.txt && demo ;;
+  study) DATASET=fashion_mnist runs=experiments/fashion_mnist && setup requirements.txt && study "$@" ;;
   test)
     setup requirements-test.txt
     "$python" -m ruff check . && "$python" -m ruff format --check . && "$python" -m pytest "$@"

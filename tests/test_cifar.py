@@ -22,6 +22,14 @@ def random_pixels(count, seed=0):
     return torch.from_numpy(np.random.default_rng(seed).integers(0, 256, (count, 32, 32, 3), dtype=np.uint8))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def drawn_once():
+    """The synthetic images take a second to draw; here they are drawn once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cifar, "synthetic", functools.cache(cifar.synthetic))
+        yield
+
+
 def load(name, root, *flags):
     """What `cifar.load` makes of the flags of a teacher."""
     args = teacher.parse_args(["--arch", "resnet8", "--dataset", name, "--data-root", str(root), *flags])
@@ -130,7 +138,7 @@ def test_views_are_channels_last_float32():
 
 
 def test_synthetic_data_is_always_the_same_and_balanced():
-    (pixels, labels), (again, _) = cifar.synthetic(True), cifar.synthetic(True)
+    (pixels, labels), (again, _) = cifar.synthetic(True), cifar.synthetic.__wrapped__(True)
     assert torch.equal(pixels, again)
     assert pixels.shape == (10_000, 32, 32, 3)
     assert set(Counter(labels.tolist()).values()) == {100}
