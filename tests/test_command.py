@@ -506,3 +506,19 @@ def test_a_sweep_stopped_half_way_ends_with_the_right_table(tmp_path):
         a, b = (json.loads(path.read_text())["best_acc"] for path in found)
         expected = f"{(a + b) / 2:.2f} ± {abs(a - b) / 2**0.5:.2f} (2)"
         assert re.search(rf"resnet8 +{t_arch} +SSKD +{re.escape(expected)} ", done.stdout)
+
+
+def test_the_studys_page_shows_what_its_results_say():
+    """Every line of the tables recomputed from the committed results stands in experiments/README.md, and no other."""
+    page = (ROOT / "experiments" / "README.md").read_text().splitlines()
+    table = [
+        sys.executable,
+        "experiments/table.py",
+        "experiments/fashion_mnist",
+        "--dataset",
+        "fashion_mnist",
+        "--markdown",
+    ]
+    printed = subprocess.run(table, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert [line for line in page if line.startswith("|")] == [line for line in printed if line.startswith("|")]
+    assert len(printed) > 4
