@@ -42,23 +42,28 @@ class Draws(NamedTuple):
     window: Tensor  # (N, V) which of the 8 · 81 windows each view is, see `windows`
 
 
-def windows() -> Tensor:
+def windows() -> tuple[Tensor, Tensor]:
     """Where the pixels of every possible view lie in a padded image.
 
     A view is a flip (or none), a rotation by k · 90 degrees in the direction of `np.rot90`, and a crop of 32 × 32 out
     of the 40 × 40 pixels of the padded image: 2 · 4 · 9 · 9 windows, each a fixed choice of pixels.
 
+    All crops of one flip and rotation are the same pattern, shifted; two small tables stay in the caches.
+
     Returns:
-        (648, 1024) int64, row ((flip · 4 + k) · 9 + top) · 9 + left.
+        int32 tables: pattern (8, 1024), row flip · 4 + k, and shift (648,), row ((flip · 4 + k) · 9 + top) · 9 + left.
+        The pixels of window w are pattern[w // 81] + shift[w].
     """
     padded = SIDE + 2 * PAD
     pixel = torch.arange(padded * padded).view(padded, padded)
     views = torch.stack([torch.rot90(image, k) for image in (pixel, pixel.flip(1)) for k in range(4)])
-    return views.unfold(1, SIDE, 1).unfold(2, SIDE, 1).reshape(-1, SIDE * SIDE)
+    crops = views.int().unfold(1, SIDE, 1).unfold(2, SIDE, 1)  # 8 x top x left x 32 x 32
+    pattern, corner = crops[:, 0, 0].flatten(1), crops[..., 0, 0]
+    return pattern, (corner - corner[:, :1, :1]).flatten()
 
 
 def window_rows(flip: Tensor, top: Tensor, left: Tensor) -> Tensor:
-    """Row of `windows` for flip (N, 1) in {0, 1} and offsets top, left (N, V) in 0 … 8; view k is rotated k times."""
+    """Number of the window for flip (N, 1) in {0, 1} and offsets top, left (N, V) in 0 … 8; view k is rotated k times."""
     turn = torch.arange(top.shape[1], device=top.device)
     return ((flip * 4 + turn) * SHIFTS + top) * SHIFTS + left
 
@@ -112,7 +117,7 @@ class Images:
         # repeated for every pixel: elementwise work along one long row is vectorised, along rows of 3 it is not
         mean, std = (torch.tensor(values).repeat((SIDE + 2 * PAD) ** 2).to(device) for values in statistics)
         self.mean, self.std = mean, std
-        self.windows = windows().to(device)
+        self.windows = tuple(table.to(device) for table in windows())
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -155,14 +160,16 @@ def pad(pixels: Tensor) -> Tensor:
     return F.pad(pixels, (0, 0, PAD, PAD, PAD, PAD))
 
 
-def cut(padded: Tensor, windows: Tensor, window: Tensor) -> Tensor:
+def cut(padded: Tensor, windows: tuple[Tensor, Tensor], window: Tensor) -> Tensor:
     """The views `window` (B, V) of padded images (B, 40, 40, 3): (V·B, 3, 32, 32), view fastest, channels last.
 
     One gather of whole pixels. It comes after normalising because a batch has 1600 B pixels before it and 4096 B after.
     """
     count, height, width, channels = padded.shape
-    first = torch.arange(count, device=padded.device) * (height * width)
-    pixel = windows[window] + first.view(-1, 1, 1)  # B x V x 1024
+    pattern, shift = windows
+    first = torch.arange(count, device=padded.device, dtype=torch.int32) * (height * width)
+    start = shift[window] + first.unsqueeze(1)  # B x V
+    pixel = pattern[window // SHIFTS**2] + start.unsqueeze(2)  # B x V x 1024
     chosen = padded.reshape(-1, channels).index_select(0, pixel.flatten())
     return chosen.view(-1, SIDE, SIDE, channels).permute(0, 3, 1, 2)
 

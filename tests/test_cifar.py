@@ -41,7 +41,7 @@ def images(count=10):
 
 
 def decode(window):
-    """(flip, turn, top, left) of a row of `windows`."""
+    """(flip, turn, top, left) of a window's number."""
     return int(window) // 324, int(window) // 81 % 4, int(window) // 9 % 9, int(window) % 9
 
 
