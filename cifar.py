@@ -63,7 +63,7 @@ def windows() -> tuple[Tensor, Tensor]:
 
 
 def window_rows(flip: Tensor, top: Tensor, left: Tensor) -> Tensor:
-    """Number of the window for flip (N, 1) in {0, 1} and offsets top, left (N, V) in 0 … 8; view k is rotated k times."""
+    """Number of the window of flip (N, 1) in {0, 1}, offsets top, left (N, V) in 0 … 8; view k is turned k times."""
     turn = torch.arange(top.shape[1], device=top.device)
     return ((flip * 4 + turn) * SHIFTS + top) * SHIFTS + left
 
