@@ -49,7 +49,7 @@ def make_loss(model: nn.Module, precision: utils.Precision) -> Callable:
 
 def train(args: Namespace) -> None:
     run = utils.Run(Path(args.experiments) / f"teacher_{args.arch}{utils.data_name(args)}_seed{args.seed}", args)
-    if run.finished():
+    if run.finished("best.pth"):
         return
     device = utils.pick_device(args.gpu_id)
     with utils.user_errors(cifar.DataError):

@@ -77,6 +77,20 @@ def test_a_finished_run_says_so_and_trains_nothing(runs, monkeypatch, capsys):
     assert (runs.teacher / "ckpt" / "last.pth").stat().st_mtime_ns == before
 
 
+def test_a_finished_teacher_whose_checkpoint_is_gone_is_trained_again(tmp_path, capsys):
+    flags = ["--arch", "resnet8", *TINY, "--experiments", str(tmp_path)]
+    teacher.main(flags)
+    folder = tmp_path / "teacher_resnet8_seed0"
+    best, result = (folder / "ckpt" / "best.pth").read_bytes(), json.loads((folder / "result.json").read_text())
+    for path in (folder / "ckpt").iterdir():
+        path.unlink()
+    teacher.main(flags)
+    assert (folder / "ckpt" / "best.pth").read_bytes() == best
+    again = json.loads((folder / "result.json").read_text())
+    assert {**again, "seconds": 0} == {**result, "seconds": 0}
+    assert len((folder / "log.jsonl").read_text().splitlines()) == 3
+
+
 @pytest.mark.parametrize("more", [["--deterministic"], ["--amp", "bf16"], ["--amp", "fp16"]], ids=" ".join)
 def test_half_precision_and_deterministic_runs_work(more, tmp_path, capsys):
     teacher.main(["--arch", "resnet8", *TINY, "--experiments", str(tmp_path), *more])

@@ -82,11 +82,12 @@ class Run:
                 phase, epoch, sizes = self.last["phase"], self.last["epoch"], self.last["sizes"]
                 assert isinstance(phase, str) and isinstance(epoch, int) and isinstance(sizes, dict)
 
-    def finished(self) -> bool:
-        """Whether the folder holds this very run, complete; says so."""
-        if self.result is not None:
+    def finished(self, product: str | None = None) -> bool:
+        """Whether the folder holds this very run, complete and with `product` in its ckpt/; says so."""
+        if self.result is not None and (product is None or (self.ckpt / product).exists()):
             print(f"{self.folder} is finished: {_summary(self.result)}")
-        return self.result is not None
+            return True
+        return False
 
     def start(self, device: torch.device) -> None:
         """Takes the folder for this process and writes down what runs in it.
@@ -105,9 +106,13 @@ class Run:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise UserError(f"another process is running in {self.folder}; wait for it or stop it") from error
+        known = self.result
         self._check()  # again: the other may have ended between the first look and the lock
+        if self.result is not None and known is None:
+            raise UserError(f"{self.folder} was finished by another process just now")
         if self.overwrite:
             self._clear()
+        (self.folder / "result.json").unlink(missing_ok=True)  # of a run whose checkpoints are gone: it is made anew
         self._cut_back()
         config = self.folder / "config.json"
         if not config.exists():
