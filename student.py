@@ -9,6 +9,7 @@ The teacher first gets a self-supervision (SS) head, trained while its backbone 
 before for the same teacher, flags and data is read instead. The same command continues a run that was stopped.
 """
 
+import copy
 import io
 from argparse import Namespace
 from collections.abc import Callable
@@ -66,6 +67,10 @@ def parse_args(argv: list[str] | None) -> Namespace:
     add("--ratio-ss", type=ratio, default=0.75, help="share of the teacher's wrong matches that ss imitates")
 
     args = parser.parse_args(argv)
+    if args.export is not None:
+        file = Path(args.export)
+        if file.is_dir() or not file.name or not file.parent.is_dir():
+            raise utils.UserError(f"--export {args.export or repr('')}: give a file's name, in a folder that exists")
     if args.s_path is not None:
         if args.export is None:
             raise utils.UserError("--s-path is for --export: give the file to write, too")
@@ -139,6 +144,22 @@ def test_ss_head(head: nn.Module, features: list[Tensor], precision: utils.Preci
         meter.add(len(feature) // VIEWS, **ss_loss_and_log(embedding)[1])
 
 
+def read_ss_head(head: nn.Module, kept: Path) -> list[dict[str, float]]:
+    """Reads a kept head into `head`; returns its log's lines, none if there is no such head or it is damaged."""
+    if not kept.exists():
+        return []
+    try:
+        saved = utils.read(kept)
+        with utils.restoring(kept):
+            lines = [{str(tag): float(value) for tag, value in line.items()} for line in saved["lines"]]
+            copy.deepcopy(head).load_state_dict(saved["state_dict"])  # a part of a damaged one must not stay in `head`
+    except utils.UserError:
+        print(f"SS head: {kept} is damaged and not used", flush=True)
+        return []
+    head.load_state_dict(saved["state_dict"])
+    return lines
+
+
 def train_ss_head(
     args: Namespace, run: utils.Run, teacher: Wrapper, data: Data, precision: utils.Precision, kept: Path
 ) -> None:
@@ -152,11 +173,7 @@ def train_ss_head(
             head.load_state_dict(run.last["head"])
             utils.restore_optimizer(run.last["optimisation"], optimizer, scheduler, precision)
             first, lines = run.last["epoch"] + 1, run.last["lines"]
-    elif kept.exists():
-        saved = utils.read(kept)
-        with utils.restoring(kept):
-            head.load_state_dict(saved["state_dict"])
-            lines = [{str(tag): float(value) for tag, value in line.items()} for line in saved["lines"]]
+    elif lines := read_ss_head(head, kept):
         for epoch, line in enumerate(lines, 1):
             run.record("ss_head", epoch, line)
         print(f"SS head: read from {kept}, trained before on the same teacher, data and flags", flush=True)
@@ -271,7 +288,9 @@ def distil(args: Namespace, run: utils.Run, teacher: Wrapper, data: Data, precis
             utils.save(run.ckpt / "student_best.pth", checkpoint)
         run.log("student", epoch, args.epoch, len(train_set), **trained, **{"val/ce_loss": ce_loss, "val/cls_acc": acc})
         optimisation = utils.optimizer_state(optimizer, scheduler, precision)
-        run.save_last("student", epoch, student=utils.state(student), optimisation=optimisation, best=best, acc=acc)
+        so_far = {"optimisation": optimisation, "best": best, "acc": acc}
+        needs = ["teacher.pth", "student_best.pth"]
+        run.save_last("student", epoch, needs=needs, student=utils.state(student), **so_far)
     run.finish(best_acc=best["acc"], best_epoch=best["epoch"], last_acc=acc, epochs=args.epoch)
 
 
@@ -303,6 +322,11 @@ def main(argv: list[str] | None = None) -> None:
 
 def train(args: Namespace) -> utils.Run:
     """Steps 2 and 3, or what an interrupted run left of them."""
+    folder = Path(args.t_path)
+    if (folder / "config.json").exists() and not (folder / "result.json").exists():
+        raise utils.UserError(
+            f"{folder}: this teacher is not finished; type its command again, or give a checkpoint file as it is"
+        )
     with utils.user_errors(ValueError, FileNotFoundError):
         checkpoint = models.find_checkpoint(args.t_path)
         backbone = models.load(checkpoint, args.t_arch, cifar.NUM_CLASSES[args.dataset])

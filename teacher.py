@@ -91,7 +91,8 @@ def train(args: Namespace) -> None:
         tested = {"val/cls_loss": test_loss, "val/cls_acc": acc}
         run.log("teacher", epoch, args.epoch, len(train_set), **trained, **tested)
         optimisation = utils.optimizer_state(optimizer, scheduler, precision)
-        run.save_last("teacher", epoch, model=utils.state(model), optimisation=optimisation, best=best, acc=acc)
+        so_far = {"optimisation": optimisation, "best": best, "acc": acc}
+        run.save_last("teacher", epoch, needs=["best.pth"], model=utils.state(model), **so_far)
     run.finish(best_acc=best["acc"], best_epoch=best["epoch"], last_acc=acc, epochs=args.epoch)
 
 

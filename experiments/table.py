@@ -11,6 +11,7 @@ CIFAR-100 with the published flags fill the published tables; all others are lis
 import argparse
 import json
 import re
+import signal
 import statistics
 import sys
 from collections import defaultdict
@@ -187,4 +188,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # table.py | head ends quietly
     main()

@@ -14,6 +14,7 @@ import models  # for model_dict, which does not exist yet while this module is i
 
 _SUFFIXES = ("", ".pth", ".pt", ".tar", ".ckpt", ".bin")
 _WRAPPERS = ("module.", "_orig_mod.", "student.", "backbone.")  # DataParallel, torch.compile, distillers, our Wrapper
+_KEYS = ("state_dict", "model", "student")  # under which the weights lie; the last in a student's last.pth
 _NOT_BACKBONE = ("proj_head.", "teacher.")  # the SS head, and the teacher that mdistiller saves beside its student
 
 
@@ -31,6 +32,7 @@ def load(path: str | Path, arch: str | None = None, num_classes: int = 100) -> n
     with torch.device("meta"):  # no memory and no initial values, which the checkpoint replaces
         model = models.model_dict[arch](num_classes=num_classes)
     _check_fit(f"{file}: does not fit {arch} with {num_classes} classes", model, state)
+    _check_finite(file, state)
     model.to_empty(device="cpu").load_state_dict(state)
     return model
 
@@ -121,14 +123,14 @@ def _read(file: Path) -> object:
 def _backbone_state(file: Path, checkpoint: object) -> dict[str, Tensor]:
     """The backbone's tensors under their plain names, whatever the layout and the prefixes."""
     state = checkpoint
-    while isinstance(state, Mapping) and (key := next((k for k in ("state_dict", "model") if k in state), None)):
+    while isinstance(state, Mapping) and (key := next((k for k in _KEYS if k in state), None)):
         state = state[key]
     if not isinstance(state, Mapping) or not state:
         raise ValueError(f"{file}: holds no state dict, neither under 'state_dict' or 'model' nor as a whole")
     plain: dict[str, Tensor] = {}
     for key, value in state.items():
-        if not isinstance(key, str) or not isinstance(value, Tensor):
-            raise ValueError(f"{file}: is no state dict: its entry {key!r} is {type(value).__name__}, not a tensor")
+        if not isinstance(key, str) or not isinstance(value, Tensor) or value.is_meta or value.layout != torch.strided:
+            raise ValueError(f"{file}: is no state dict: its entry {key!r} ({type(value).__name__}) is no plain tensor")
         name = key
         while prefix := next((p for p in _WRAPPERS if name.startswith(p)), None):
             name = name.removeprefix(prefix)
@@ -159,5 +161,12 @@ def _check_fit(complaint: str, model: nn.Module, state: dict[str, Tensor]) -> No
         misfit = next((f"'{name}' has no place there" for name in state if name not in expected), None)
     if misfit:
         raise ValueError(
-            f"{complaint}: {misfit}; the architecture is the checkpoint's, else its folder's, else --t-arch"
+            f"{complaint}: {misfit}; the architecture is the checkpoint's, else its folder's, else --t-arch; "
+            "the number of classes is --dataset's"
         )
+
+
+def _check_finite(file: Path, state: dict[str, Tensor]) -> None:
+    spoilt = next((name for name, tensor in state.items() if not tensor.float().isfinite().all()), None)
+    if spoilt:
+        raise ValueError(f"{file}: '{spoilt}' holds values that are not finite, so its training diverged; take another")

@@ -14,6 +14,9 @@ ROOT = Path(__file__).parent.parent
 TINY = ["--dataset", "synthetic", "--train-size", "48", "--test-size", "40", "--batch-size", "16"]
 TINY += ["--epoch", "3", "--milestones", "2"]
 TINY_STUDENT = [*TINY, "--t-epoch", "2", "--t-milestones", "1", "--s-arch", "resnet8x4"]
+SHORT = ["--dataset", "synthetic", "--train-size", "4", "--test-size", "4", "--batch-size", "4"]
+SHORT += ["--epoch", "1", "--milestones", "1"]
+SHORT_STUDENT = [*SHORT, "--s-arch", "resnet8", "--t-epoch", "1", "--t-milestones", "1"]
 
 
 def run_script(*command, cwd, **kwargs):
@@ -22,6 +25,15 @@ def run_script(*command, cwd, **kwargs):
     return subprocess.run(
         [sys.executable, "-W", "error", ROOT / script, *flags], cwd=cwd, capture_output=True, text=True, **kwargs
     )
+
+
+def end_of(main, flags):
+    """Exit status of an entry in this process."""
+    try:
+        main(flags)
+    except SystemExit as end:
+        return end.code
+    return 0
 
 
 def contents(folder):

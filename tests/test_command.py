@@ -478,6 +478,14 @@ def test_table_through_command_sh(tmp_path):
     assert both.stdout.count("| published") == 8
 
 
+def test_a_table_that_nobody_reads_to_its_end_ends_quietly():
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run([sys.executable, ROOT / "experiments" / "table.py"], stdout=writing, stderr=subprocess.PIPE)
+    os.close(writing)
+    assert done.stderr == b""
+
+
 @pytest.mark.slow
 def test_a_sweep_stopped_half_way_ends_with_the_right_table(tmp_path):
     shutil.copy(ROOT / "command.sh", tmp_path)

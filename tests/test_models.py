@@ -275,6 +275,7 @@ LAYOUTS = {
     "DataParallel Wrapper": lambda s: {"state_dict": prefixed(with_head(s), "module.")},
     "compiled Wrapper": lambda s: prefixed(with_head(s), "_orig_mod."),
     "compiled backbone in a Wrapper": lambda s: prefixed(s, "module.backbone._orig_mod."),
+    "student's last.pth": lambda s: {"phase": "student", "student": with_head(s), "optimisation": {}},
     "nested": lambda s: {"state_dict": {"model": prefixed(s, "_orig_mod.module.")}},
 }
 
@@ -459,6 +460,13 @@ def test_a_tensor_too_many_is_told(state, tmp_path):
     assert "'layer1.1.conv1.weight' has no place there" in complaint(ValueError, file, arch="resnet8")
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_checkpoint_of_a_training_that_diverged_is_told(value, state, tmp_path):
+    spoilt = state | {"fc.bias": torch.full((100,), value)}
+    file = save(spoilt, tmp_path / "best.pth")
+    assert "'fc.bias' holds values that are not finite" in complaint(ValueError, file, arch="resnet8")
+
+
 def test_two_networks_in_one_file_are_told(state, tmp_path):
     file = save(prefixed(state, "student.") | prefixed(state, "module."), tmp_path / "best.pth")
     assert "'conv1.weight' twice" in complaint(ValueError, file, arch="resnet8")
@@ -471,6 +479,11 @@ def test_two_networks_in_one_file_are_told(state, tmp_path):
 )
 def test_a_file_without_a_state_dict_is_told(content, tmp_path):
     assert "state dict" in complaint(ValueError, save(content, tmp_path / "best.pth"), arch="resnet8")
+
+
+def test_a_tensor_without_values_is_told(state, tmp_path):
+    file = save(state | {"fc.bias": torch.ones(100, device="meta")}, tmp_path / "best.pth")
+    assert "'fc.bias' (Tensor) is no plain tensor" in complaint(ValueError, file, arch="resnet8")
 
 
 @pytest.mark.parametrize(

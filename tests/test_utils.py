@@ -1,10 +1,9 @@
-"""utils: meters, files, and what a run survives: kills, full disks, signals, damaged files, bad flags."""
+"""utils: meters, files, and what a run survives: kills, full disks, signals, lost files."""
 
 import errno
 import io
 import json
 import os
-import pickle
 import queue
 import random
 import resource
@@ -13,24 +12,17 @@ import signal
 import subprocess
 import sys
 import threading
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY, TINY_STUDENT, contents, run_script
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from conftest import ROOT, SHORT, SHORT_STUDENT, TINY, TINY_STUDENT, contents, end_of, run_script
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import cifar
 import student
 import teacher
 import utils
 
 CPU = torch.device("cpu")
-SHORT = ["--dataset", "synthetic", "--train-size", "4", "--test-size", "4", "--batch-size", "4"]
-SHORT += ["--epoch", "1", "--milestones", "1"]
-SHORT_STUDENT = [*SHORT, "--s-arch", "resnet8", "--t-epoch", "1", "--t-milestones", "1"]
 
 
 def curves(folder):
@@ -131,15 +123,6 @@ def unreadable(folder):
         except Exception as error:
             bad.append((path, error))
     return bad
-
-
-def end_of(main, flags):
-    """Exit status of an entry in this process."""
-    try:
-        main(flags)
-    except SystemExit as end:
-        return end.code
-    return 0
 
 
 @pytest.mark.parametrize("script", ["teacher.py", "student.py"])
@@ -346,190 +329,58 @@ def test_a_folder_with_checkpoints_of_someone_else_is_left_alone(tmp_path, fails
     assert (folder / "best.pth").read_bytes() == b"downloaded"
 
 
-# ---------------------------------------------------------------------------------------------------------- bad input
-
-STUDENT = ["--t-path", "teacher_resnet8_seed0", "--s-arch", "resnet8", *SHORT]
-BAD_FLAGS = [
-    ("teacher.py", [], "--arch is missing; the known ones are resnet8, "),
-    ("teacher.py", ["--arch", "resnet9"], "resnet9: no such network; the known ones are resnet8, "),
-    ("teacher.py", ["--arch", "wrn_40_2", "--dataset", "imagenet"], "invalid choice: 'imagenet'"),
-    (
-        "teacher.py",
-        ["--arch", "wrn_40_2", "--batch-size", "0"],
-        "--batch-size: '0' is not a whole number of",
-    ),
-    ("teacher.py", ["--arch", "wrn_40_2", "--batch-size", "many"], "'many' is not a whole number"),
-    ("teacher.py", ["--arch", "wrn_40_2", "--epoch", "0"], "--epoch: '0'"),
-    ("teacher.py", ["--arch", "wrn_40_2", "--epoch", "1.5"], "--epoch: '1.5'"),
-    ("teacher.py", ["--arch", "wrn_40_2", "--lr", "0"], "--lr: '0' is not a number above 0"),
-    ("teacher.py", ["--arch", "wrn_40_2", "--lr", "nan"], "--lr: 'nan'"),
-    ("teacher.py", ["--arch", "wrn_40_2", "--lr", "inf"], "--lr: 'inf'"),
-    ("teacher.py", ["--arch", "wrn_40_2", "--momentum", "-1"], "--momentum: '-1'"),
-    ("teacher.py", ["--arch", "wrn_40_2", "--weight-decay", "x"], "--weight-decay: 'x'"),
-    ("teacher.py", ["--arch", "wrn_40_2", "--gamma", "-0.1"], "--gamma: '-0.1'"),
-    ("teacher.py", ["--arch", "wrn_40_2", "--milestones", "3", "2"], "--milestones 3 2: milestones must increase"),
-    ("teacher.py", ["--arch", "wrn_40_2", "--milestones", "3", "3"], "milestones must increase"),
-    ("teacher.py", ["--arch", "wrn_40_2", "--milestones", "0", "3"], "--milestones: '0'"),
-    ("teacher.py", ["--arch", "wrn_40_2", "--milestones"], "--milestones: expected at least one argument"),
-    ("teacher.py", ["--arch", "wrn_40_2", "--seed", "-1"], "--seed: '-1'"),
-    ("teacher.py", ["--arch", "wrn_40_2", "--save-interval", "0"], "--save-interval: '0'"),
-    ("teacher.py", ["--arch", "wrn_40_2", "--amp", "int8"], "invalid choice: 'int8'"),
-    ("teacher.py", ["--arch", "wrn_40_2", "--gpu-id", "-2"], "--gpu-id: '-2'"),
-    ("teacher.py", ["--arch", "wrn_40_2", "--epochs", "3"], "unrecognized arguments: --epochs"),
-    ("teacher.py", ["--arch", "resnet8", *SHORT, "--train-size", "10001"], "choose 1 to 10000"),
-    ("teacher.py", ["--arch", "resnet8", *SHORT, "--test-size", "0"], "--test-size: '0'"),
-    ("teacher.py", ["--arch", "resnet8", *SHORT, "--few-shot", "0"], "--few-shot: '0'"),
-    ("teacher.py", ["--arch", "resnet8", *SHORT, "--label-noise", "1.1"], "--label-noise: '1.1'"),
-    ("teacher.py", ["--evaluate", "nowhere"], "nowhere: no such file or folder"),
-    ("student.py", ["--s-arch", "resnet8"], "--t-path is missing"),
-    ("student.py", ["--t-path", "teacher_resnet8_seed0"], "--s-arch is missing; the known ones are resnet8, "),
-    ("student.py", ["--t-path", "teacher_resnet8_seed0", "--s-arch", "vgg7"], "vgg7: no such network"),
-    ("student.py", [*STUDENT, "--t-path", "nowhere"], "nowhere: no such file or folder"),
-    ("student.py", [*STUDENT, "--t-path", "empty"], "found no checkpoint with 'best' in its name"),
-    ("student.py", [*STUDENT, "--batch-size", "1"], "--batch-size 1: "),
-    ("student.py", [*STUDENT, "--ratio-tf", "1.1"], "--ratio-tf: '1.1' is not a number of at least 0 and at most 1"),
-    ("student.py", [*STUDENT, "--ratio-ss", "-0.1"], "--ratio-ss: '-0.1'"),
-    ("student.py", [*STUDENT, "--kd-T", "0"], "--kd-T: '0' is not a number above 0"),
-    ("student.py", [*STUDENT, "--tf-T", "-4"], "--tf-T: '-4'"),
-    ("student.py", [*STUDENT, "--ss-T", "nan"], "--ss-T: 'nan'"),
-    ("student.py", [*STUDENT, "--ss-weight", "-1"], "--ss-weight: '-1'"),
-    ("student.py", [*STUDENT, "--t-epoch", "0"], "--t-epoch: '0'"),
-    ("student.py", [*STUDENT, "--t-milestones", "2", "1"], "--t-milestones 2 1: milestones must increase"),
-    ("student.py", [*STUDENT, "--dataset", "cifar10"], "does not fit resnet8 with 10 classes"),
-    ("student.py", [*STUDENT, "--t-path", "plain/best.pth"], "--t-arch"),
-    ("student.py", [*STUDENT, "--t-path", "plain/best.pth", "--t-arch", "vgg8"], "does not fit vgg8"),
-    ("student.py", [*STUDENT, "--t-path", "plain/best.pth", "--t-arch", "vgg9"], "unknown"),
-]
-
-
-@pytest.fixture
-def workplace(runs, tmp_path, monkeypatch):
-    """A folder with a teacher, a checkpoint without a telling name, and an empty folder; the current directory."""
-    for path in ("teacher_resnet8_seed0/best.pth", "plain/best.pth"):
-        (tmp_path / path).parent.mkdir()
-        (tmp_path / path).write_bytes((runs.teacher / "ckpt" / "best.pth").read_bytes())
-    (tmp_path / "empty").mkdir()
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def listing(folder):
-    return {path: path.stat().st_size for path in folder.rglob("*")}
-
-
-@pytest.mark.parametrize(
-    "script, flags, words", BAD_FLAGS, ids=lambda x: " ".join(x[-2:]) if isinstance(x, list) else None
-)
-def test_bad_flags_end_in_one_line_and_write_nothing(script, flags, words, workplace, entries, fails):
-    before = listing(workplace)
-    assert words in fails(entries[script], *flags)
-    assert listing(workplace) == before
-
-
-def test_bad_flags_end_without_a_traceback_from_the_command_line(tmp_path):
-    done = run_script("student.py", "--s-arch", "resnet8", cwd=tmp_path)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("student.py: error: --t-path is missing")
-    assert len(done.stderr.splitlines()) == 1
-
-
-class Malicious:
-    def __reduce__(self):
-        return (Path.touch, (Path("executed"),))
-
-
-def damage(kind, good):
-    """Bytes of a checkpoint with something wrong with it."""
-    state = torch.load(io.BytesIO(good), weights_only=True)["state_dict"]
-    buffer = io.BytesIO()
-    if kind == "malicious":
-        torch.save({"state_dict": Malicious()}, buffer)
-    elif kind == "malicious pickle":
-        pickle.dump(Malicious(), buffer)
-    elif kind in ("list", "no tensors", "nested nothing", "number"):
-        torch.save({"list": [1], "no tensors": {"a": 1}, "nested nothing": {"model": {}}, "number": 3}[kind], buffer)
-    elif kind == "missing tensor":
-        torch.save({"model": {k: v for k, v in state.items() if k != "fc.bias"}}, buffer)
-    elif kind == "other shape":
-        torch.save({f"module.{k}": v for k, v in state.items()} | {"module.fc.bias": torch.zeros(3)}, buffer)
-    elif kind == "extra tensor":
-        torch.save(state | {"fc2.bias": torch.zeros(3)}, buffer)
-    return buffer.getvalue() or {"empty": b"", "text": b"not a checkpoint", "half": good[: len(good) // 2]}[kind]
-
-
-KINDS = ["empty", "text", "half", "malicious", "malicious pickle", "list", "no tensors", "nested nothing", "number"]
-KINDS += ["missing tensor", "other shape", "extra tensor"]
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_damaged_checkpoint_is_refused_and_nothing_in_it_runs(kind, workplace, fails):
-    path = workplace / "teacher_resnet8_seed0" / "best.pth"
-    path.write_bytes(damage(kind, path.read_bytes()))
-    before = listing(workplace)
-    assert "best.pth" in fails(student.main, *STUDENT)
-    assert "best.pth" in fails(teacher.main, "--evaluate", path, *SHORT)
-    assert listing(workplace) == before  # no file "executed" either
-
-
-@pytest.mark.parametrize("name", ["last.pth", "config.json", "result.json"])
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"PK\x03\x04"], ids=repr)
-def test_a_damaged_record_of_a_run_is_refused(name, content, tmp_path, fails, capsys):
-    flags = ["--arch", "resnet8", *SHORT, "--experiments", str(tmp_path)]
-    folder = tmp_path / "teacher_resnet8_seed0"
-    (folder / "ckpt").mkdir(parents=True)
-    run = utils.Run(folder, teacher.parse_args(flags))
-    (folder / "config.json").write_text(json.dumps({"flags": run.flags}))
-    (folder / ("ckpt" if name == "last.pth" else "") / name).write_bytes(content)
-    before = listing(tmp_path)
-    assert name in fails(teacher.main, *flags)
-    assert listing(tmp_path) == before
-
-
-@pytest.mark.parametrize("missing", ["model", "optimisation", "best", "acc", "sizes", "phase", "epoch", "seconds"])
-def test_a_last_checkpoint_that_lacks_something_is_refused(missing, tmp_path, fails, capsys):
-    flags = ["--arch", "resnet8", *SHORT, "--experiments", str(tmp_path)]
+def made(folder):
+    """A short teacher below `folder`: its flags and its run folder, as if killed just before its result."""
+    flags = ["--arch", "resnet8", *SHORT, "--epoch", "2", "--experiments", str(folder)]
     teacher.main(flags)
-    folder = tmp_path / "teacher_resnet8_seed0"
+    run = folder / "teacher_resnet8_seed0"
+    (run / "result.json").unlink()
+    return flags, run
+
+
+def test_a_run_does_not_go_on_without_its_best_checkpoint(tmp_path, capsys, fails):
+    flags, folder = made(tmp_path)
+    (folder / "ckpt" / "best.pth").unlink()
+    assert "best.pth is missing; put it back, or start anew with --overwrite" in fails(teacher.main, *flags)
+    assert not (folder / "result.json").exists()
+
+
+@pytest.mark.parametrize("name", ["teacher.pth", "student_best.pth"])
+def test_a_student_does_not_go_on_without_its_checkpoints(name, runs, tmp_path, fails):
+    folder = tmp_path / runs.student.name
+    shutil.copytree(runs.student, folder)
     (folder / "result.json").unlink()
-    last = torch.load(folder / "ckpt" / "last.pth", weights_only=True)
-    del last[missing]
-    torch.save(last, folder / "ckpt" / "last.pth")
-    assert "last.pth is damaged" in fails(teacher.main, *flags)
+    (folder / "ckpt" / name).rename(tmp_path / name)
+    flags = ["--t-path", runs.teacher, *TINY_STUDENT, "--experiments", tmp_path]
+    assert f"{name} is missing; put it back" in fails(student.main, *flags)
+    (tmp_path / name).rename(folder / "ckpt" / name)
+    student.main([str(flag) for flag in flags])
+    assert contents(folder) == contents(runs.student)
 
 
-def test_a_damaged_ss_head_is_refused(workplace, fails):
-    args = student.parse_args(STUDENT)
-    key = student.ss_head_key(args, utils.fingerprint(student.models.load("teacher_resnet8_seed0")), CPU)
-    (workplace / "teacher_resnet8_seed0" / f"ss_head_{key}.pth").write_bytes(b"damaged")
-    assert f"ss_head_{key}.pth is damaged" in fails(student.main, *STUDENT)
+def test_a_log_that_lost_lines_is_not_padded(tmp_path, capsys):
+    flags, folder = made(tmp_path)
+    line, _ = (folder / "log.jsonl").read_bytes().splitlines(keepends=True)
+    (folder / "log.jsonl").write_bytes(line)
+    teacher.main(flags)
+    assert (folder / "log.jsonl").read_bytes() == line
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.data())
-def test_no_damage_to_a_checkpoint_ends_in_a_traceback(runs, tmp_path, data):
-    good = (runs.teacher / "ckpt" / "best.pth").read_bytes()
-    if data.draw(st.booleans()):
-        bad = good[: data.draw(st.integers(0, len(good) - 1))]
-    else:
-        start = data.draw(st.integers(0, len(good) - 1))
-        bad = good[:start] + data.draw(st.binary(min_size=1, max_size=40)) + good[start + 40 :]
-    folder = tmp_path / "teacher_resnet8_seed0"
-    folder.mkdir(exist_ok=True)
-    (folder / "best.pth").write_bytes(bad)
-    assert end_of(teacher.main, ["--evaluate", str(folder), *SHORT]) in (0, 2)
+def test_what_is_not_the_runs_stays_in_its_events(tmp_path, capsys):
+    flags, folder = made(tmp_path)
+    (folder / "events" / "a note").write_text("mine")
+    (folder / "events" / "old").mkdir()
+    (folder / "ckpt" / "last.pth").unlink()  # so that it starts anew
+    teacher.main(flags)
+    assert (folder / "events" / "a note").read_text() == "mine"
+    assert len(curves(folder)["val/cls_acc"]) == 2
 
 
-def test_missing_and_corrupt_data_say_what_to_do(tmp_path, monkeypatch, fails):
-    monkeypatch.setattr(cifar.tv.CIFAR100, "url", "http://127.0.0.1:9/cifar-100-python.tar.gz")  # nobody answers
-    flags = ["--arch", "resnet8", "--experiments", tmp_path / "runs", "--data-root", tmp_path / "data"]
-    assert "put cifar-100-python.tar.gz into" in fails(teacher.main, *flags)
-    (tmp_path / "data").mkdir(exist_ok=True)
-    (tmp_path / "data" / "cifar-100-python.tar.gz").write_bytes(b"half of it")
-    assert "put cifar-100-python.tar.gz into" in fails(teacher.main, *flags)
-    assert not (tmp_path / "runs").exists()
-
-
-def test_a_run_folder_that_cannot_be_made_is_the_machines_fault(tmp_path, fails):
-    (tmp_path / "experiments").write_text("a file")
-    line = fails(teacher.main, "--arch", "resnet8", *SHORT, "--experiments", tmp_path / "experiments", status=1)
-    assert "could not be made" in line
+def test_overwrite_takes_the_link_to_a_folder_and_not_the_folder(tmp_path, capsys):
+    flags, folder = made(tmp_path)
+    (folder / "ckpt").rename(tmp_path / "elsewhere")
+    (folder / "ckpt").symlink_to(tmp_path / "elsewhere")
+    teacher.main([*flags, "--overwrite"])
+    assert (tmp_path / "elsewhere" / "best.pth").exists()
+    assert not (folder / "ckpt").is_symlink()
+    assert (folder / "ckpt" / "best.pth").exists()

@@ -67,7 +67,7 @@ def restoring(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # zipfile, pickle, torch and missing keys each raise their own
-        raise UserError(f"{path} is damaged or not of this run; delete it, or start anew with --overwrite") from error
+        raise UserError(f"{path} is damaged or not of this run; put a good copy back or --overwrite") from error
 
 
 def digest(content: dict) -> str:

@@ -18,19 +18,18 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (--help lists the flags)")
 
 
-def number(kind: type, low: float, high: float = math.inf, above: bool = False) -> Callable[[str], Any]:
-    """An argparse type: a finite `kind` in [low, high], or in (low, high] if `above`."""
+def number(kind: type, low: float, high: float = 10**9, above: bool = False) -> Callable[[str], Any]:
+    """An argparse type: a `kind` in [low, high], or in (low, high] if `above`."""
 
     def parse(text: str) -> Any:
         try:
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not (math.isfinite(value) and low <= value <= high and not (above and value == low)):
+        if not low <= value <= high or (above and value == low):
             what = "a whole number" if kind is int else "a number"
             bound = f"above {low}" if above else f"of at least {low}"
-            most = "" if high == math.inf else f" and at most {high}"
-            raise argparse.ArgumentTypeError(f"{text!r} is not {what} {bound}{most}")
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what} {bound} and at most {high}")
         return value
 
     return parse

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 import weakref
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from .files import append, read, restoring, save, write_atomically
 HARMLESS = (
     "gpu_id data_root data_url experiments overwrite evaluate t_path t_arch s_path export".split()
 )  # change no result
+SUMMARY = ("best_acc", "best_epoch", "last_acc")  # what every result.json holds
 
 
 class Run:
@@ -75,12 +77,17 @@ class Run:
             raise UserError(f"{self.folder} holds a run with other flags: {listed}; use --overwrite to start anew")
         if (self.folder / "result.json").exists():
             self.result = _read_json(self.folder / "result.json")
+            if not all(isinstance(self.result.get(name), int | float) for name in SUMMARY):
+                raise UserError(f"{self.folder / 'result.json'} is damaged; use --overwrite to start anew")
         elif (self.ckpt / "last.pth").exists():
             self.last = read(self.ckpt / "last.pth")
             with restoring(self.ckpt / "last.pth"):
                 self.seconds = float(self.last["seconds"])
                 phase, epoch, sizes = self.last["phase"], self.last["epoch"], self.last["sizes"]
                 assert isinstance(phase, str) and isinstance(epoch, int) and isinstance(sizes, dict)
+                missing = [self.ckpt / name for name in self.last["needs"] if not (self.ckpt / name).exists()]
+            if missing:
+                raise UserError(f"{missing[0]} is missing; put it back, or start anew with --overwrite")
 
     def finished(self, product: str | None = None) -> bool:
         """Whether the folder holds this very run, complete and with `product` in its ckpt/; says so."""
@@ -117,8 +124,8 @@ class Run:
         config = self.folder / "config.json"
         if not config.exists():
             write_atomically(config, _json({"flags": self.flags, "command": sys.argv, **_environment(device)}))
-        files = sorted((self.folder / "events").iterdir())
-        self._events = files[0] if files else self._new_events()
+        events = self._event_files()
+        self._events = events[0] if events else self._new_events()
         self.began = self._mark = time.monotonic()
         print(f"run: {self.folder}", flush=True)
         if self.last:
@@ -132,22 +139,25 @@ class Run:
 
     def _clear(self) -> None:
         for path in self.folder.iterdir():
-            if path.is_dir():
+            if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             elif path.name != ".lock":
                 path.unlink()
         self.ckpt.mkdir()
         (self.folder / "events").mkdir()
 
+    def _event_files(self) -> list[Path]:
+        return sorted((self.folder / "events").glob("events.out.tfevents.*"))
+
     def _growing(self) -> list[Path]:
-        return [path for path in (self.folder / "log.jsonl", *(self.folder / "events").iterdir()) if path.exists()]
+        return [path for path in (self.folder / "log.jsonl", *self._event_files()) if path.exists()]
 
     def _cut_back(self) -> None:
         sizes = self.last["sizes"] if self.last else {}
         for path in self._growing():
             size = sizes.get(path.name, 0)
             if size:
-                os.truncate(path, size)
+                os.truncate(path, min(size, path.stat().st_size))
             else:
                 path.unlink()
         for path in (*self.folder.glob(".*.part"), *self.ckpt.glob(".*.part")):
@@ -178,11 +188,15 @@ class Run:
         events = [Event(wall_time=now, step=epoch, summary=content) for content in summaries]
         append(self._events, b"".join(map(_event, events)))
 
-    def save_last(self, phase: str, epoch: int, **content: Any) -> None:
-        """Writes down that `epoch` of `phase` is finished, with everything that the rest depends on."""
+    def save_last(self, phase: str, epoch: int, needs: Sequence[str] = (), **content: Any) -> None:
+        """Writes down that `epoch` of `phase` is finished, with everything that the rest depends on.
+
+        `needs` names the files in ckpt/ without which the run can't go on.
+        """
         sizes = {path.name: path.stat().st_size for path in self._growing()}
         seconds = self.seconds + time.monotonic() - self.began
-        save(self.ckpt / "last.pth", {"phase": phase, "epoch": epoch, "sizes": sizes, "seconds": seconds, **content})
+        note = {"phase": phase, "epoch": epoch, "sizes": sizes, "seconds": seconds, "needs": list(needs)}
+        save(self.ckpt / "last.pth", note | content)
 
     def finish(self, **result: Any) -> None:
         """Writes result.json: from now on the run is complete."""
