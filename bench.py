@@ -174,7 +174,6 @@ def published_ss_loss(embedding: Tensor) -> tuple[Tensor, dict]:
 
 def published_side(plan: Plan, pair: str, images: cifar.Images) -> Side:
     torch.backends.cudnn.benchmark = True  # all that it sets up
-    torch.backends.cudnn.benchmark = True
     teacher, network = make_networks(pair, plan.device)
     workers = 4 if plan.device.type == "cuda" else 0
     one_process, batches = published_batches(images, plan.batch), published_batches(images, plan.batch, workers)
