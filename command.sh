@@ -13,7 +13,7 @@
 #   bash command.sh bench        how fast it is (bench.py and its flags)
 #   bash command.sh study        the comparison of experiments/README.md: hours on 2 cores. GPUS="0 0" runs two at a time
 #
-# The first four and study take --dry-run, which prints the commands, one a line. A run that is finished is skipped and one that
+# The first four, demo and study take --dry-run, which prints the commands, one a line. A run that is finished is skipped and one that
 # was stopped goes on, so the same command continues everything; one that fails does not keep the next from running. The
 # last lines tell what became of each; the exit status is 1 if any failed.
 #
@@ -28,7 +28,7 @@
 #   PYTHON=python3.12              the interpreter. Default: .venv's if there is one, else python3
 
 set -u
-cd "$(dirname "${BASH_SOURCE[0]}")" || exit 1
+CDPATH='' cd -- "$(dirname "${BASH_SOURCE[0]}")" || exit 1
 
 TEACHERS="wrn_40_2 resnet56 resnet32x4 vgg13 ResNet50
   wrn_16_2 wrn_40_1 resnet20 resnet8x4 vgg8 MobileNetV2 ShuffleV1 ShuffleV2" # from wrn_16_2 on: students alone
@@ -40,6 +40,8 @@ python=${PYTHON:-python3}
 if [ -z "${PYTHON-}" ] && [ -x .venv/bin/python ]; then python=.venv/bin/python; fi
 runs=experiments${DATASET:+/$DATASET}
 if [ "${DATASET-}" = cifar100 ]; then runs=experiments; fi
+FLAGS=${FLAGS-} STUDENT_FLAGS=${STUDENT_FLAGS-}
+FLAGS=${FLAGS//$'\n'/ } STUDENT_FLAGS=${STUDENT_FLAGS//$'\n'/ }
 
 die() { # MESSAGE
   echo "command.sh: $1" >&2
@@ -48,12 +50,12 @@ die() { # MESSAGE
 
 # ------------------------------------------------------------------------------------------------------------ set-up
 
-has() { # PYTHON FILE: does PYTHON have everything that a requirements file names?
+has() { # PYTHON FILE: does PYTHON have everything that a requirements file names? 3: it is too old
   "$1" - "$2" <<'END'
 import re, sys
 
 if sys.version_info < (3, 10):
-    sys.exit("command.sh: Python 3.10 or newer is needed; PYTHON=… names another")
+    sys.exit(3)
 from importlib.metadata import PackageNotFoundError, version
 
 def numbers(text):
@@ -77,6 +79,7 @@ END
 
 setup() { # FILE: sees to it that $python has what a requirements file names, in .venv if need be
   has "$python" "$1" && return
+  if [ $? = 3 ]; then die "$python is too old, Python 3.10 or newer is needed; PYTHON=… names another"; fi
   if [ ! -x .venv/bin/python ]; then
     local packages=()
     if has "$python" requirements.txt; then packages=(--system-site-packages); fi # only the tests' own are missing
@@ -95,13 +98,22 @@ setup() { # FILE: sees to it that $python has what a requirements file names, in
 # ------------------------------------------------------------------------------------------------------- the commands
 
 COMMANDS=() # without the interpreter
-NAMES=()    # of their logs
-students=0  # where the students begin: teachers come first
+NAMES=()    # of their logs; a teacher's is its folder's
+students="" # where the students begin: teachers come first
+
+add() { # NAME COMMAND: unless it is there already, as a teacher that two pairs share
+  local known
+  for known in ${COMMANDS[@]+"${COMMANDS[@]}"}; do
+    if [ "$known" = "$2" ]; then return; fi
+  done
+  NAMES+=("$1")
+  COMMANDS+=("$2")
+}
 
 options() { # SEED: the flags of every command
   if [ "$runs" != experiments ]; then printf ' --dataset %s --experiments %s' "$DATASET" "$runs"; fi
   if [ -n "${SEEDS-}" ]; then printf ' --seed %s' "$1"; fi
-  if [ -n "${FLAGS-}" ]; then printf ' %s' "$FLAGS"; fi
+  if [ -n "$FLAGS" ]; then printf ' %s' "$FLAGS"; fi
 }
 
 rate() { # NETWORK: its published learning rate
@@ -112,21 +124,17 @@ rate() { # NETWORK: its published learning rate
 }
 
 teacher() { # NETWORK SEED
-  local name=teacher_$1_seed$2
-  case " ${NAMES[*]-} " in *" $name "*) return ;; esac # two pairs share it
-  NAMES+=("$name")
-  COMMANDS+=("teacher.py --arch $1 --lr $(rate "$1")$(options "$2")")
+  add "teacher_$1_seed$2" "teacher.py --arch $1 --lr $(rate "$1")$(options "$2")"
 }
 
 student() { # TEACHER STUDENT METHOD SEED
-  local weights=
+  local weights="" name=student_$2_$3_seed$4_teacher_$1$STUDENT_FLAGS
   case $3 in
     ce) return ;; # among the teachers
     kd) weights=" --tf-weight 0 --ss-weight 0" ;;
     tf) weights=" --ss-weight 0" ;;
   esac
-  NAMES+=("student_$2_$3_seed$4_teacher_$1")
-  COMMANDS+=("student.py --t-path $runs/teacher_$1_seed$4 --s-arch $2 --lr $(rate "$2")$weights$(options "$4")${STUDENT_FLAGS:+ $STUDENT_FLAGS}")
+  add "${name//[ \/]/_}" "student.py --t-path $runs/teacher_$1_seed$4 --s-arch $2 --lr $(rate "$2")$weights$(options "$4")${STUDENT_FLAGS:+ $STUDENT_FLAGS}"
 }
 
 list() { # PART: fills COMMANDS and NAMES
@@ -141,7 +149,20 @@ list() { # PART: fills COMMANDS and NAMES
     case $pair in *?:?*) ;; *) die "PAIRS: $pair is no teacher:student" ;; esac
   done
   for seed in ${SEEDS:-0} ${GPUS-}; do
-    case $seed in *[!0-9]*) die "SEEDS and GPUS hold whole numbers, not $seed" ;; esac
+    case $seed in *[!0-9]* | 0?*) die "SEEDS and GPUS hold whole numbers, not $seed" ;; esac
+  done
+  local flag
+  for flag in $FLAGS $STUDENT_FLAGS; do
+    case ${flag%%=*} in
+      --seed) die "--seed goes into SEEDS, for teachers and students alike" ;;
+      --dataset | --experiments) die "${flag%%=*} cannot be in FLAGS: DATASET=… chooses the data set and its folder" ;;
+      --t-path | --s-arch | --arch) die "${flag%%=*} cannot be in FLAGS: PAIRS=… names the networks" ;;
+    esac
+  done
+  for flag in $FLAGS; do
+    case ${flag%%=*} in
+      --few-shot | --label-noise) die "${flag%%=*} goes into STUDENT_FLAGS: the teachers see all data and true labels" ;;
+    esac
   done
 
   case $1 in
@@ -163,7 +184,7 @@ list() { # PART: fills COMMANDS and NAMES
   for seed in ${SEEDS:-0}; do
     for arch in $teachers; do teacher "$arch" "$seed"; done
   done
-  students=${#COMMANDS[@]}
+  students=${students:-${#COMMANDS[@]}}
   if [ "$1" = teachers ]; then return; fi
   for seed in ${SEEDS:-0}; do
     for pair in $pairs; do
@@ -188,11 +209,10 @@ worker() { # SLOT GPU FIRST END: runs those of the commands FIRST to END - 1 tha
   trap tell TERM
   for ((i = $3; i < $4; i++)); do
     mkdir "$work/$i" 2>/dev/null || continue
-    if [ -e "$work/stop" ]; then return; fi
+    if [ -e "$work/stop" ] || ! kill -0 $$ 2>/dev/null; then return; fi # the second: this script was killed
     read -ra words <<<"${COMMANDS[i]}${2:+ --gpu-id $2}"
     place="[$((i + 1))/${#COMMANDS[@]}]"
-    # a teacher that failed half-way has a best checkpoint all the same
-    if [ "${words[0]}" = student.py ] && [ -e "${words[2]}/config.json" ] && [ ! -e "${words[2]}/result.json" ]; then
+    if [ "${words[0]}" = student.py ] && unfinished "${words[2]}"; then
       echo "$place left out, its teacher is not finished: ${NAMES[i]}"
       echo "left out, no teacher" >"$work/$i/outcome"
       continue
@@ -219,6 +239,15 @@ worker() { # SLOT GPU FIRST END: runs those of the commands FIRST to END - 1 tha
     if [ "$status" = 0 ]; then echo finished; else echo "failed ($status)"; fi >"$work/$i/outcome"
     if [ "$slots" -gt 1 ]; then echo "$place ends: ${NAMES[i]}, $(cat "$work/$i/outcome")"; fi
   done
+}
+
+unfinished() { # FOLDER: of a teacher; one that failed half-way has a best checkpoint all the same
+  local i
+  if [ -e "$1/config.json" ] && [ ! -e "$1/result.json" ]; then return 0; fi
+  for ((i = 0; i < students; i++)); do # a finished one of other flags may lie there
+    if [ "${NAMES[i]}" = "${1##*/}" ] && [ "$(cat "$work/$i/outcome")" != finished ]; then return 0; fi
+  done
+  return 1
 }
 
 run() { # FIRST END: runs these commands on all slots and waits for the last
@@ -254,13 +283,13 @@ summary() { # what became of each command; fails if any did not finish
   return $failed
 }
 
-experiments() { # PART [--dry-run]
+perform() { # PART [--dry-run]: runs COMMANDS
   case ${2-} in --dry-run | "") ;; *) die "$1 takes --dry-run, not $2" ;; esac
-  list "$1"
   if [ -n "${2-}" ]; then
     printf 'python %s\n' "${COMMANDS[@]}"
     return
   fi
+  setup requirements.txt
   slots=$(wc -w <<<"${GPUS:-0}")
   work=$(mktemp -d) || exit 1
   trap 'rm -rf "$work"' EXIT
@@ -281,23 +310,25 @@ demo() { # small enough for 2 CPU cores: about 3 minutes
   PAIRS=resnet20:resnet8 METHODS="ce sskd"
   FLAGS="--train-size 2000 --test-size 1000 --epoch 12 --milestones 8 10${FLAGS:+ $FLAGS}"
   STUDENT_FLAGS="--t-epoch 4 --t-milestones 2 3${STUDENT_FLAGS:+ $STUDENT_FLAGS}"
-  experiments all || return
-  echo
-  "$python" experiments/table.py "$runs" --dataset "$DATASET"
+  list all
+  perform demo "$@" || return
+  if [ $# = 0 ]; then echo && "$python" experiments/table.py "$runs" --dataset "$DATASET"; fi
 }
 
 # ----------------------------------------------------------------------------------------------------------- the study
 
 study() { # alone, KD, KD + tf and SSKD on Fashion-MNIST, then KD and SSKD with few or noisy labels; same teachers in all
-  export DATASET=fashion_mnist PAIRS=resnet20:resnet8 SEEDS=${SEEDS:-0 1 2}
-  export FLAGS="--train-size 5000 --epoch 24 --milestones 15 18 21 --amp bf16${FLAGS:+ $FLAGS}"
-  local flags failed=0 methods="ce kd tf sskd"
-  for flags in "" " --few-shot 0.25" " --label-noise 0.3"; do
-    METHODS=$methods STUDENT_FLAGS="--t-epoch 6 --t-milestones 3 5$flags" bash command.sh all "$@" || failed=$?
-    if [ "$failed" -gt 128 ]; then return "$failed"; fi
-    methods="kd sskd"
+  local failed=0 more=$STUDENT_FLAGS setting
+  DATASET=fashion_mnist runs=experiments/fashion_mnist PAIRS=resnet20:resnet8 SEEDS=${SEEDS:-0 1 2}
+  FLAGS="--train-size 5000 --epoch 24 --milestones 15 18 21 --amp bf16${FLAGS:+ $FLAGS}"
+  METHODS="ce kd tf sskd"
+  for setting in "" " --few-shot 0.25" " --label-noise 0.3"; do
+    STUDENT_FLAGS="--t-epoch 6 --t-milestones 3 5$setting${more:+ $more}"
+    list all
+    METHODS="kd sskd"
   done
-  if [ $# = 0 ]; then "$python" experiments/table.py "$runs" --dataset "$DATASET"; fi
+  perform study "$@" || failed=$?
+  if [ $# = 0 ]; then echo && "$python" experiments/table.py "$runs" --dataset "$DATASET"; fi
   return "$failed"
 }
 
@@ -305,11 +336,10 @@ if [ "${1-}" = --dry-run ]; then set -- "${2-all}" --dry-run "${@:3}"; fi
 part=${1-all}
 if [ $# -gt 0 ]; then shift; fi
 case $part in
-  all | teachers | similar | cross) experiments "$part" "$@" ;;
+  all | teachers | similar | cross) list "$part" && perform "$part" "$@" ;;
   table) "$python" experiments/table.py ${DATASET:+--dataset "$DATASET"} "$@" ;;
   setup) setup requirements.txt ;;
-  demo) setup requirements.txt && demo ;;
-  study) DATASET=fashion_mnist runs=experiments/fashion_mnist && setup requirements.txt && study "$@" ;;
+  demo | study) "$part" "$@" ;;
   test)
     setup requirements-test.txt
     "$python" -m ruff check . && "$python" -m ruff format --check . && "$python" -m pytest "$@"

@@ -3,7 +3,7 @@
     python student.py --t-path experiments/teacher_wrn_40_2_seed0 --s-arch wrn_16_2
     python student.py --t-path experiments/teacher_vgg13_seed0 --s-arch MobileNetV2 --lr 0.01
     python student.py --t-path resnet32x4_vanilla/ckpt_epoch_240.pth --t-arch resnet32x4 --s-arch resnet8x4
-    python student.py --t-path … --s-arch wrn_16_2 --tf-weight 0 --ss-weight 0          # KD alone
+    python student.py --t-path … --s-arch wrn_16_2 --tf-weight 0 --ss-weight 0          # KD, on the same four views
 
 The teacher first gets a self-supervision (SS) head, trained while its backbone stays frozen; a head that was trained
 before for the same teacher, flags and data is read instead. The same command continues a run that was stopped.
@@ -11,6 +11,7 @@ before for the same teacher, flags and data is read instead. The same command co
 
 import copy
 import io
+import os
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -54,7 +55,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
         help="epochs after which the rate falls",
     )
 
-    group = parser.add_argument_group("the student's loss: weighted sum of four terms (a weight of 0 drops its term)")
+    group = parser.add_argument_group("the student's loss: weighted sum of four terms (one of weight 0 is only logged)")
     add = group.add_argument
     add("--ce-weight", type=weight, default=0.1, help="cross-entropy with the labels")
     add("--kd-weight", type=weight, default=0.9, help="the teacher's logits on normal images")
@@ -71,6 +72,8 @@ def parse_args(argv: list[str] | None) -> Namespace:
         file = Path(args.export)
         if file.is_dir() or not file.name or not file.parent.is_dir():
             raise utils.UserError(f"--export {args.export or repr('')}: give a file's name, in a folder that exists")
+        if file.suffix == ".pth" or file == Path(args.s_path or ""):
+            raise utils.UserError(f"--export {file}: the name of a checkpoint; give another, such as student.pt2")
     if args.s_path is not None:
         if args.export is None:
             raise utils.UserError("--s-path is for --export: give the file to write, too")
@@ -87,7 +90,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
 
 def run_folder(args: Namespace, checkpoint: Path) -> Path:
     """experiments/sskd_student_…: named by the flags of the loss and by the teacher's folder."""
-    teacher = checkpoint.absolute().parent
+    teacher = Path(os.path.abspath(checkpoint)).parent
     teacher = teacher.parent if teacher.name == "ckpt" else teacher
     return Path(args.experiments) / (
         f"sskd_student_{args.s_arch}"
@@ -152,11 +155,14 @@ def read_ss_head(head: nn.Module, kept: Path) -> list[dict[str, float]]:
         saved = utils.read(kept)
         with utils.restoring(kept):
             lines = [{str(tag): float(value) for tag, value in line.items()} for line in saved["lines"]]
-            copy.deepcopy(head).load_state_dict(saved["state_dict"])  # a part of a damaged one must not stay in `head`
+            trial = copy.deepcopy(head)  # a part of a damaged one must not stay in `head`
+            trial.load_state_dict(saved["state_dict"])
+            if not lines or not all(value.isfinite().all() for value in trial.state_dict().values()):
+                raise ValueError("no lines, or not finite")
     except utils.UserError:
         print(f"SS head: {kept} is damaged and not used", flush=True)
         return []
-    head.load_state_dict(saved["state_dict"])
+    head.load_state_dict(trial.state_dict())
     return lines
 
 
@@ -294,32 +300,6 @@ def distil(args: Namespace, run: utils.Run, teacher: Wrapper, data: Data, precis
     run.finish(best_acc=best["acc"], best_epoch=best["epoch"], last_acc=acc, epochs=args.epoch)
 
 
-def export(args: Namespace, path: str | Path) -> None:
-    """Writes the student's backbone at `path` to `--export`: normalised images (N, 3, 32, 32) → logits, any N ≥ 1."""
-    with utils.user_errors(ValueError, FileNotFoundError):
-        backbone = models.load(path, args.s_arch, cifar.NUM_CLASSES[args.dataset]).eval()
-    images = torch.randn(2, 3, cifar.SIDE, cifar.SIDE)
-    program = torch.export.export(backbone, (images,), dynamic_shapes=({0: torch.export.Dim("N")},))
-    buffer = io.BytesIO()
-    torch.export.save(program, buffer)
-    buffer.seek(0)
-    with torch.no_grad():
-        torch.testing.assert_close(torch.export.load(buffer).module()(images), backbone(images), rtol=1e-4, atol=1e-4)
-    utils.write_atomically(Path(args.export), buffer.getbuffer())
-    print(f"exported: {args.export}, read back with torch.export.load and checked", flush=True)
-
-
-@utils.entry
-def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
-    if args.s_path is not None:
-        export(args, args.s_path)
-        return
-    run = train(args)
-    if args.export is not None:
-        export(args, run.folder)
-
-
 def train(args: Namespace) -> utils.Run:
     """Steps 2 and 3, or what an interrupted run left of them."""
     folder = Path(args.t_path)
@@ -355,6 +335,32 @@ def train(args: Namespace) -> utils.Run:
         utils.save(run.ckpt / "teacher.pth", utils.state(teacher))
     distil(args, run, frozen, data, precision)
     return run
+
+
+def export(args: Namespace, path: str | Path) -> None:
+    """Writes the student's backbone at `path` to `--export`: normalised images (N, 3, 32, 32) → logits, any N ≥ 1."""
+    with utils.user_errors(ValueError, FileNotFoundError):
+        backbone = models.load(path, args.s_arch, cifar.NUM_CLASSES[args.dataset]).eval()
+    images = torch.randn(2, 3, cifar.SIDE, cifar.SIDE)
+    program = torch.export.export(backbone, (images,), dynamic_shapes=({0: torch.export.Dim("N")},))
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer)
+    buffer.seek(0)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.export.load(buffer).module()(images), backbone(images), rtol=1e-4, atol=1e-4)
+    utils.write_atomically(Path(args.export), buffer.getbuffer())
+    print(f"exported: {args.export}, read back with torch.export.load and checked", flush=True)
+
+
+@utils.entry
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    if args.s_path is not None:
+        export(args, args.s_path)
+        return
+    run = train(args)
+    if args.export is not None:
+        export(args, run.folder)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ CIFAR-100 with the published flags fill the published tables; all others are lis
 """
 
 import argparse
+import glob
 import json
 import re
 import signal
@@ -58,38 +59,43 @@ class Kind(NamedTuple):
     more: str = ""  # those that only a student has
 
 
-Runs = dict[Kind, dict[int, dict[str, float]]]  # the accuracies of each seed
+Runs = dict[Kind, dict[tuple[int, str], dict[str, float]]]  # the accuracies of each seed (and teacher's weights)
 
 
 def read_runs(folder: Path, dataset: str) -> Runs:
-    """The finished runs below `folder` on one data set. A seed that is there twice counts once, the outer one."""
+    """The finished runs below `folder` on one data set. A run that is there twice counts once, the outer one."""
     runs: Runs = defaultdict(dict)
-    for path in sorted(folder.rglob("result.json"), key=lambda path: (len(path.parts), path)):
+    found = map(Path, glob.glob(f"{glob.escape(str(folder))}/**/result.json", recursive=True))  # follows links
+    for path in sorted(found, key=lambda path: (len(path.parts), path)):
         try:
             flags = json.loads(path.with_name("config.json").read_text())["flags"]
             result = json.loads(path.read_text())
             accuracies = {name: float(result[name]) for name in ("best_acc", "last_acc")}
             kind, seed, on = kind_of(flags, path.parent.name), int(flags["seed"]), flags["dataset"]
+            which = (seed, str(flags.get("teacher", "")))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             print(f"table.py: {path.parent} left out: {type(error).__name__}: {error}", file=sys.stderr)
             continue
         if on == dataset:
-            runs[kind].setdefault(seed, accuracies)
+            runs[kind].setdefault(which, accuracies)
     return runs
 
 
 def kind_of(flags: dict, folder: str) -> Kind:
     """Which experiment a run belongs to, by its flags; only a student's teacher is known by the folder's name."""
-    network = flags["s_arch"] if "s_arch" in flags else flags["arch"]
+    network = str(flags["s_arch"] if "s_arch" in flags else flags["arch"])
     published = COMMON | {"lr": 0.01 if network in LOW_RATE else 0.05}
     setting = differing({name: value for name, value in flags.items() if name not in STUDENT}, published)
     if "s_arch" not in flags:
         return Kind("", network, "alone", setting)
-    found = re.search(r"_seed\d+_(?:teacher_)?(.+?)(?:_seed\d+)?$", folder)
+    found = re.search(r"_seed\d+_(?:teacher_)?(.+?)(?:_vanilla)?(?:_seed\d+)?$", folder)
     teacher = found[1] if found else "?"
     used = [name for name in ("tf", "ss") if flags[f"{name}_weight"]]
-    own = {name: flags[name] for name in STUDENT if name not in ("tf_weight", "ss_weight") or flags[name]}
     method = "SSKD" if len(used) == 2 else " + ".join(["KD", *used])
+    unused = {"tf", "ss"}.difference(used)
+    if "ss" in unused:
+        unused.add("t")  # the SS head's flags
+    own = {name: flags[name] for name in STUDENT if unused.isdisjoint(name.split("_"))}
     return Kind(teacher, network, method, setting, differing(own, STUDENT))
 
 
@@ -104,7 +110,7 @@ def differing(flags: dict, published: dict) -> str:
     return " ".join(typed)
 
 
-def cell(results: dict[int, dict[str, float]] | None, name: str) -> str:
+def cell(results: dict[tuple[int, str], dict[str, float]] | None, name: str) -> str:
     """Mean ± standard deviation (of a sample) over the seeds, and their number."""
     if not results:
         return NONE
@@ -139,7 +145,7 @@ def published_table(runs: Runs, table: dict) -> tuple[list[list[str]], set[Kind]
 
 def other_table(runs: Runs, kinds: list[Kind]) -> list[list[str]]:
     """The rows of a plain list, one for each of `kinds`."""
-    rows = [["network", "teacher", "method", "best", "last", ""]]
+    rows = [["network", "teacher", "method", "best", "last", "other flags of the student"]]
     for kind in kinds:
         accuracies = (cell(runs[kind], name) for name in ("best_acc", "last_acc"))
         rows.append([kind.network, kind.teacher or NONE, kind.method, *accuracies, kind.more])

@@ -77,8 +77,8 @@ def find_arch(path: str | Path, arch: str | None = None, checkpoint: object = No
         return _known(arch, "asked for")
     raise ValueError(
         f"{file}: cannot tell the architecture: the checkpoint has no key 'arch', the folder's name '{folder.name}' "
-        "does not hold it as teacher_wrn_40_2_seed0 does, and --t-arch (or --arch, arch=) was not given; "
-        f"give it, one of: {_names()}"
+        "does not hold it as teacher_wrn_40_2_seed0 does, and no flag tells; "
+        f"give --t-arch (--s-arch beside --s-path, --arch in teacher.py), one of: {_names()}"
     )
 
 
@@ -161,7 +161,7 @@ def _check_fit(complaint: str, model: nn.Module, state: dict[str, Tensor]) -> No
         misfit = next((f"'{name}' has no place there" for name in state if name not in expected), None)
     if misfit:
         raise ValueError(
-            f"{complaint}: {misfit}; the architecture is the checkpoint's, else its folder's, else --t-arch; "
+            f"{complaint}: {misfit}; the architecture is the checkpoint's, else its folder's, else the flag's; "
             "the number of classes is --dataset's"
         )
 

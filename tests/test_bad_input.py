@@ -74,6 +74,9 @@ BAD_FLAGS = [
     ("student.py", [*STUDENT, "--export", "empty"], "--export empty: give a file's name"),
     ("student.py", [*STUDENT, "--export", ""], "--export '': give a file's name"),
     ("student.py", [*STUDENT, "--export", "."], "--export .: give a file's name"),
+    ("student.py", [*STUDENT, "--export", "plain/best.pth"], "--export plain/best.pth: the name of a checkpoint"),
+    ("student.py", ["--s-path", "plain/student_best", "--export", "plain/student_best"], "the name of a checkpoint"),
+    ("student.py", ["--s-path", "plain", "--export", "s.pt2"], "--s-arch beside --s-path"),
 ]
 
 
@@ -173,7 +176,7 @@ def test_a_last_checkpoint_that_lacks_something_is_refused(missing, tmp_path, fa
     assert "last.pth is damaged" in fails(teacher.main, *flags)
 
 
-@pytest.mark.parametrize("kind", ["text", "half", "no lines", "other shape"])
+@pytest.mark.parametrize("kind", ["text", "half", "no lines", "empty lines", "other shape", "not finite"])
 def test_a_damaged_ss_head_is_not_used_and_trained_anew(kind, runs, tmp_path, capsys):
     (kept,) = (runs.teacher / "ckpt").glob("ss_head_*.pth")
     saved, buffer = torch.load(kept, weights_only=True), io.BytesIO()
@@ -181,6 +184,10 @@ def test_a_damaged_ss_head_is_not_used_and_trained_anew(kind, runs, tmp_path, ca
         del saved["lines"]
     elif kind == "other shape":  # found only after the first tensors have been read
         saved["state_dict"]["2.bias"] = torch.zeros(3)
+    elif kind == "empty lines":
+        saved["lines"] = []
+    elif kind == "not finite":
+        saved["state_dict"]["2.bias"][1] = torch.nan
     torch.save(saved, buffer)
     ckpt = tmp_path / runs.teacher.name
     ckpt.mkdir()

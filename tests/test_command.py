@@ -125,6 +125,26 @@ def test_pairs_of_ones_own_bring_only_their_teachers():
     assert dry_run(PAIRS=TWO_PAIRS, METHODS="ce kd sskd") == [*teachers, teacher_line("resnet8"), *both]
 
 
+def test_a_pair_that_is_named_twice_is_run_once():
+    assert dry_run(PAIRS="resnet20:resnet8 resnet20:resnet8") == dry_run(PAIRS="resnet20:resnet8")
+
+
+def test_flags_may_stand_on_several_lines():
+    assert dry_run(FLAGS="--amp bf16\n--compile") == dry_run(FLAGS="--amp bf16 --compile")
+
+
+def test_study_and_demo_list_what_they_run():
+    lines = [line.partition(" --dataset ")[0] for line in dry_run("study", SEEDS="0 5")]
+    assert len(lines) == 2 * (2 + 3 + 2 + 2)
+    assert lines[:4] == [teacher_line(arch) for arch in ("resnet20", "resnet8")] * 2  # none of few or noisy images
+    folder = "experiments/fashion_mnist"
+    kd, tf, sskd = ([student_line("resnet20", "resnet8", w, folder, s) for s in (0, 5)] for w in (KD, KD_TF, ""))
+    assert sorted(lines[4:]) == sorted(kd * 3 + tf + sskd * 3)
+    for setting in ("--few-shot 0.25", "--label-noise 0.3"):
+        assert sum(line.endswith(setting) for line in dry_run("study", SEEDS="0 5")) == 4
+    assert [line.split()[1] for line in dry_run("demo")] == ["teacher.py", "teacher.py", "student.py"]
+
+
 def test_every_command_is_one_that_the_scripts_accept():
     for line in dry_run(METHODS="ce kd tf sskd", SEEDS="3", DATASET="synthetic", FLAGS="--epoch 2 --milestones 1"):
         script, *flags = line.split()[1:]
@@ -142,6 +162,12 @@ def test_every_command_is_one_that_the_scripts_accept():
         (["cross"], {"PAIRS": TWO_PAIRS}, "PAIRS does not go with cross"),
         ([], {"GPUS": "0,1"}, "not 0,1"),
         ([], {"SEEDS": "one"}, "not one"),
+        ([], {"SEEDS": "00"}, "not 00"),
+        ([], {"FLAGS": "--amp bf16 --seed 3"}, "--seed goes into SEEDS"),
+        (["study"], {"FLAGS": "--experiments=elsewhere"}, "--experiments cannot be in FLAGS: DATASET="),
+        (["demo"], {"STUDENT_FLAGS": "--s-arch vgg8"}, "--s-arch cannot be in FLAGS: PAIRS="),
+        ([], {"FLAGS": "--few-shot=0.25"}, "--few-shot goes into STUDENT_FLAGS"),
+        (["demo", "--dry"], {}, "demo takes --dry-run, not --dry"),
     ],
 )
 def test_what_it_does_not_know_is_named_in_one_line(words, variables, says):
@@ -173,6 +199,9 @@ def write(name, *words):
 def stop(number, frame):
     write("RECORD", "stopped", *sys.argv[1:])
     sys.exit(143)
+
+if sys.argv[1] == "-":
+    sys.exit(0)  # asked whether it has all that requirements.txt names
 
 signal.signal(signal.SIGTERM, stop)
 write("RECORD", "begin", *sys.argv[1:])
@@ -321,6 +350,38 @@ def test_no_student_learns_from_a_teacher_that_stopped_half_way(place):
     assert command("cross", root=root, **variables).returncode == 0
 
 
+def test_no_student_learns_from_a_teacher_that_failed_in_this_sweep(place):
+    root, variables = place
+    folder = root / "experiments" / "teacher_resnet20_seed0"
+    folder.mkdir(parents=True)
+    for name in ("config.json", "result.json"):  # finished once, with other flags
+        (folder / name).touch()
+    done = command(root=root, PAIRS=TWO_PAIRS, FAIL="resnet20", GPUS="0 1", **variables)
+    assert list(summary(done).values()) == ["failed (3)", "finished", "left out, no teacher", "finished"]
+
+
+def test_slots_stop_when_the_script_was_killed(held):
+    root, arrived, hold, start = held
+    process = start("similar", GPUS="0 1")
+    arrived.lines(2)
+    process.kill()
+    process.wait(timeout=60)
+    os.write(hold.file, b"gg")
+    process.stdout.read()  # until the slots have ended too
+    assert len(record(root, "begin")) == len(record(root, "end")) == 2
+
+
+def test_a_python_that_is_too_old_is_told_and_nothing_is_made(tmp_path):
+    shutil.copy(ROOT / "command.sh", tmp_path)
+    old = tmp_path / "python3.9"
+    old.write_text("#!/bin/sh\nexit 3\n")
+    old.chmod(0o755)
+    done = command("demo", root=tmp_path, PYTHON=str(old))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "is too old" in done.stderr
+    assert not (tmp_path / ".venv").exists()
+
+
 @pytest.mark.parametrize(("gpus", "slots"), [("", 1), ("0 1 1", 3)])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_what_runs_and_starts_nothing_more(held, gpus, slots, number):
@@ -355,8 +416,8 @@ def write_teacher(root, arch, best, last, *words):
     write_run(root / f"teacher_{arch}_seed{flags['seed']}", flags, best, last)
 
 
-def write_student(root, pair, best, last, *words):
-    flags = flags_of(student.parse_args, "--t-path", "-", "--s-arch", pair[1], *words) | {"teacher": "0123"}
+def write_student(root, pair, best, last, *words, weights_of_teacher="0123"):
+    flags = flags_of(student.parse_args, "--t-path", "-", "--s-arch", pair[1], *words) | {"teacher": weights_of_teacher}
     weights = f"weight{flags['tf_weight']}+{flags['ss_weight']}"
     folder = f"sskd_student_{pair[1]}_{weights}_seed{flags['seed']}_teacher_{pair[0]}_seed{flags['seed']}"
     write_run(root / folder, flags, best, last)
@@ -446,6 +507,32 @@ def test_runs_with_other_flags_are_listed_apart(tmp_path, capsys, words):
     assert re.search(r"vgg13 +– +alone +55\.00 \(1\) +54\.00 \(1\)\n", listed)
 
 
+def test_a_copy_counts_once_and_a_run_from_another_teacher_by_itself(tmp_path, capsys):
+    pair = ("vgg13", "vgg8")
+    write_student(tmp_path, pair, 75, 74)
+    write_student(tmp_path / "copy", pair, 75, 74)
+    write_student(tmp_path / "other", pair, 77, 76, weights_of_teacher="4567")
+    printed = show(capsys, tmp_path, "--markdown")
+    assert cells(printed, "SSKD", pair)["here, best"] == "76.00 ± 1.41 (2)"
+
+
+def test_links_to_runs_and_teachers_of_others_are_found(tmp_path, capsys):
+    pair = ("resnet32x4_vanilla", "resnet8x4")
+    write_student(tmp_path / "disk", pair, 75, 74)
+    (tmp_path / "runs").mkdir()
+    (run,) = (tmp_path / "disk").iterdir()
+    (tmp_path / "runs" / run.name).symlink_to(run)
+    printed = show(capsys, tmp_path / "runs", "--markdown")
+    assert cells(printed, "SSKD", ("resnet32x4", "resnet8x4"))["here, best"] == "75.00 (1)"
+
+
+def test_flags_of_a_term_that_is_not_used_do_not_part_runs(tmp_path, capsys):
+    common = ["--dataset", "synthetic", "--tf-weight", "0", "--ss-weight", "0"]
+    write_student(tmp_path, ("resnet14", "resnet8"), 20, 20, *common)
+    write_student(tmp_path, ("resnet14", "resnet8"), 22, 22, *common, "--t-epoch", "3", "--seed", "1", "--ss-T", "1")
+    assert re.search(r"KD +21\.00 ± 1\.41 \(2\)", show(capsys, tmp_path, "--dataset", "synthetic"))
+
+
 def test_flags_of_students_only_do_not_part_them_from_their_teachers(tmp_path, capsys):
     common = ["--dataset", "synthetic", "--epoch", "2", "--milestones", "1"]
     write_teacher(tmp_path, "resnet14", 20, 19, *common)
@@ -458,6 +545,12 @@ def test_flags_of_students_only_do_not_part_them_from_their_teachers(tmp_path, c
 
 def test_a_damaged_run_is_named_and_left_out(tmp_path, capsys):
     write_teacher(tmp_path, "vgg13", 70, 69)
+    write_teacher(tmp_path, "vgg8", 50, 49, "--epoch", "3")
+    flags = json.loads((tmp_path / "teacher_vgg8_seed0" / "config.json").read_text())["flags"]
+    odd = json.dumps({"flags": flags | {"arch": [1], "epoch": 2}}), '{"best_acc": 1, "last_acc": 1}'
+    (tmp_path / "odd").mkdir()
+    for name, content in zip(("config.json", "result.json"), odd, strict=True):
+        (tmp_path / "odd" / name).write_text(content)
     for name, config, result in (("a", "{", "{}"), ("b", "[]", "{}"), ("c", None, "{}"), ("d", '{"flags": {}}', "3")):
         (tmp_path / name).mkdir()
         (tmp_path / name / "result.json").write_text(result)
@@ -490,7 +583,7 @@ def test_a_table_that_nobody_reads_to_its_end_ends_quietly():
 def test_a_sweep_stopped_half_way_ends_with_the_right_table(tmp_path):
     shutil.copy(ROOT / "command.sh", tmp_path)
     (tmp_path / "experiments").mkdir()
-    for name in ("teacher.py", "student.py", "experiments/table.py"):
+    for name in ("teacher.py", "student.py", "experiments/table.py", "requirements.txt"):
         (tmp_path / name).symlink_to(ROOT / name)
     sweep = {"PYTHON": sys.executable, "DATASET": "synthetic", "SEEDS": "0 1", "PAIRS": TWO_PAIRS}
     sweep |= {"FLAGS": "--epoch 2 --milestones 1 --train-size 200 --test-size 100"}
@@ -519,14 +612,8 @@ def test_a_sweep_stopped_half_way_ends_with_the_right_table(tmp_path):
 def test_the_studys_page_shows_what_its_results_say():
     """Every line of the tables recomputed from the committed results stands in experiments/README.md, and no other."""
     page = (ROOT / "experiments" / "README.md").read_text().splitlines()
-    table = [
-        sys.executable,
-        "experiments/table.py",
-        "experiments/fashion_mnist",
-        "--dataset",
-        "fashion_mnist",
-        "--markdown",
-    ]
+    words = "experiments/table.py experiments/fashion_mnist --dataset fashion_mnist --markdown".split()
+    table = [sys.executable, *words]
     printed = subprocess.run(table, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
     assert [line for line in page if line.startswith("|")] == [line for line in printed if line.startswith("|")]
     assert len(printed) > 4

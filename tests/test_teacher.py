@@ -77,14 +77,18 @@ def test_a_finished_run_says_so_and_trains_nothing(runs, monkeypatch, capsys):
     assert (runs.teacher / "ckpt" / "last.pth").stat().st_mtime_ns == before
 
 
-def test_a_finished_teacher_whose_checkpoint_is_gone_is_trained_again(tmp_path, capsys):
+@pytest.mark.parametrize("gone", ["*.pth", "best.pth"])
+def test_a_finished_teacher_whose_checkpoint_is_gone_is_trained_again(gone, tmp_path, capsys):
     flags = ["--arch", "resnet8", *TINY, "--experiments", str(tmp_path)]
     teacher.main(flags)
     folder = tmp_path / "teacher_resnet8_seed0"
     best, result = (folder / "ckpt" / "best.pth").read_bytes(), json.loads((folder / "result.json").read_text())
-    for path in (folder / "ckpt").iterdir():
+    for path in (folder / "ckpt").glob(gone):
         path.unlink()
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"torch": "of then"}))
     teacher.main(flags)
+    assert json.loads((folder / "config.json").read_text())["torch"] == torch.__version__
     assert (folder / "ckpt" / "best.pth").read_bytes() == best
     again = json.loads((folder / "result.json").read_text())
     assert {**again, "seconds": 0} == {**result, "seconds": 0}

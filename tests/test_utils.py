@@ -340,9 +340,37 @@ def made(folder):
 
 def test_a_run_does_not_go_on_without_its_best_checkpoint(tmp_path, capsys, fails):
     flags, folder = made(tmp_path)
-    (folder / "ckpt" / "best.pth").unlink()
+    best = folder / "ckpt" / "best.pth"
+    good = best.read_bytes()
+    best.write_bytes(good[:1000])
+    assert "best.pth is damaged" in fails(teacher.main, *flags)
+    best.unlink()
     assert "best.pth is missing; put it back, or start anew with --overwrite" in fails(teacher.main, *flags)
     assert not (folder / "result.json").exists()
+
+
+def test_a_run_of_before_the_list_of_needed_files_goes_on(tmp_path, capsys):
+    flags, folder = made(tmp_path)
+    last = torch.load(folder / "ckpt" / "last.pth", weights_only=True)
+    del last["needs"]
+    torch.save(last, folder / "ckpt" / "last.pth")
+    teacher.main(flags)
+    assert (folder / "result.json").exists()
+
+
+def test_a_record_without_checkpoints_is_made_anew_from_a_teacher_trained_again(runs, tmp_path, capsys, fails):
+    folder = tmp_path / runs.student.name
+    shutil.copytree(runs.student, folder, ignore=shutil.ignore_patterns("ckpt", "events", "log.jsonl"))
+    flags = ["--t-path", str(runs.teacher), *TINY_STUDENT, "--experiments", str(tmp_path)]
+    student.main(flags)
+    assert "is finished" in capsys.readouterr().out  # the very same: the record counts
+    assert "lr was 0.05, is 0.1" in fails(student.main, *flags, "--lr", "0.1")
+
+    config = json.loads((folder / "config.json").read_text())
+    config["flags"]["teacher"] = "another"
+    (folder / "config.json").write_text(json.dumps(config | {"commit": "of then"}))
+    student.main(flags)
+    assert contents(folder) == contents(runs.student)
 
 
 @pytest.mark.parametrize("name", ["teacher.pth", "student_best.pth"])

@@ -72,22 +72,27 @@ class Run:
             raise UserError(f"{config} is damaged; use --overwrite to start anew")
         now = json.loads(json.dumps(self.flags))
         differing = [name for name in now | before if now.get(name) != before.get(name)]
+        result, last = self.folder / "result.json", self.ckpt / "last.pth"
+        if differing == ["teacher"] and result.exists() and not any(self.ckpt.glob("*")):
+            return  # a record without checkpoints, as in a clone, and its teacher was trained again since: made anew
         if differing:
             listed = ", ".join(f"{name} was {before.get(name)}, is {now.get(name)}" for name in differing)
             raise UserError(f"{self.folder} holds a run with other flags: {listed}; use --overwrite to start anew")
-        if (self.folder / "result.json").exists():
-            self.result = _read_json(self.folder / "result.json")
+        if result.exists():
+            self.result = _read_json(result)
             if not all(isinstance(self.result.get(name), int | float) for name in SUMMARY):
-                raise UserError(f"{self.folder / 'result.json'} is damaged; use --overwrite to start anew")
-        elif (self.ckpt / "last.pth").exists():
-            self.last = read(self.ckpt / "last.pth")
-            with restoring(self.ckpt / "last.pth"):
+                raise UserError(f"{result} is damaged; use --overwrite to start anew")
+        elif last.exists():
+            self.last = read(last)
+            with restoring(last):
                 self.seconds = float(self.last["seconds"])
                 phase, epoch, sizes = self.last["phase"], self.last["epoch"], self.last["sizes"]
                 assert isinstance(phase, str) and isinstance(epoch, int) and isinstance(sizes, dict)
-                missing = [self.ckpt / name for name in self.last["needs"] if not (self.ckpt / name).exists()]
-            if missing:
-                raise UserError(f"{missing[0]} is missing; put it back, or start anew with --overwrite")
+                needed = [self.ckpt / name for name in self.last.get("needs", [])]
+            for path in needed:
+                if not path.exists():
+                    raise UserError(f"{path} is missing; put it back, or start anew with --overwrite")
+                read(path)  # better now than after the last epoch
 
     def finished(self, product: str | None = None) -> bool:
         """Whether the folder holds this very run, complete and with `product` in its ckpt/; says so."""
@@ -119,9 +124,11 @@ class Run:
             raise UserError(f"{self.folder} was finished by another process just now")
         if self.overwrite:
             self._clear()
-        (self.folder / "result.json").unlink(missing_ok=True)  # of a run whose checkpoints are gone: it is made anew
+        config, result = self.folder / "config.json", self.folder / "result.json"
+        if result.exists():  # of a run whose checkpoint is gone: it is made anew
+            for path in (self.ckpt / "last.pth", config, result):
+                path.unlink(missing_ok=True)
         self._cut_back()
-        config = self.folder / "config.json"
         if not config.exists():
             write_atomically(config, _json({"flags": self.flags, "command": sys.argv, **_environment(device)}))
         events = self._event_files()
@@ -237,10 +244,10 @@ def _summary(result: dict) -> str:
 def _environment(device: torch.device) -> dict:
     """Commit, versions and device, for whoever asks later how a figure came about."""
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        here = Path(__file__).parent
-        git = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-        return {"commit": commit} | _machine(device)
+        git = ["git", "-C", str(Path(__file__).parent)]
+        commit = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
+        changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", ":/*.py"], capture_output=True).returncode
+        return {"commit": commit.stdout.strip() + ("-dirty" if changed else "")} | _machine(device)
     return _machine(device)
 
 
