@@ -1,7 +1,7 @@
 """The four terms of SSKD as pure functions on tensors (Xu et al., ECCV 2020, section 3).
 
 Every image of a batch of B is seen as V = 4 views, rotated by 0, 90, 180 and 270 degrees, stored view-fastest: rows
-0, 4, 8, … of a (4B, …) tensor are the unrotated images, the other 3B the rotated ones, three to an image.
+0, 4, 8, … of a (4B, …) tensor are the unrotated ("normal") images, the other 3B the rotated ones, three to an image.
 
 Nothing here has a shape that depends on values, and nothing asks the device for a number: a step traces as one graph
 and never makes the GPU wait for the host. Half-precision inputs are raised to float32 before any softmax or cosine.

@@ -6,6 +6,7 @@ import json
 import os
 import queue
 import random
+import re
 import resource
 import shutil
 import signal
@@ -21,6 +22,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import student
 import teacher
 import utils
+from utils.files import append
 
 CPU = torch.device("cpu")
 
@@ -111,7 +113,7 @@ def test_half_a_log_line_is_noticed(tmp_path, monkeypatch):
 
     monkeypatch.setattr("builtins.open", lambda path, mode, buffering: Half(path, mode.replace("b", "")))
     with pytest.raises(utils.Fault, match="log.jsonl could not be written"):
-        utils.append(tmp_path / "log.jsonl", b"a line\n")
+        append(tmp_path / "log.jsonl", b"a line\n")
 
 
 def unreadable(folder):
@@ -286,6 +288,22 @@ def test_of_two_processes_started_at_once_on_one_folder_exactly_one_runs(tmp_pat
     assert "another process is running in experiments" in error
     assert len(error.splitlines()) == 1
     assert winner.returncode == 143
+
+
+def test_the_readme_names_every_flag():
+    text = (ROOT / "README.md").read_text()
+    flags = vars(teacher.parse_args(["--arch", "vgg8"])) | vars(
+        student.parse_args(["--t-path", "-", "--s-arch", "vgg8"])
+    )
+    missing = [name for name in flags if not re.search(rf"`--{name.replace('_', '-')}\b", text)]
+    assert missing == []
+
+
+def test_help_shows_the_defaults_that_there_are(capsys):
+    assert end_of(student.main, ["--help"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "(default: 0.05)" in printed and "of every draw (default: 0)" in printed
+    assert "default: None" not in printed and "default: False" not in printed
 
 
 def test_other_flags_are_listed_and_nothing_is_touched(runs, monkeypatch, fails):

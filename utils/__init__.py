@@ -1,7 +1,7 @@
 """What both entries share: errors and signals, flags, the device and its meters, files, and the record of a run."""
 
-from .errors import Fault, Stopped, UserError, entry, user_errors
-from .files import append, digest, fingerprint, read, restoring, save, state, write_atomically
+from .errors import Fault, UserError, entry, user_errors
+from .files import digest, fingerprint, read, restoring, save, state, write_atomically
 from .flags import Parser, add_common_flags, check_arch, check_milestones, data_name, number
 from .pictures import similarity_pair, views_grid
 from .run import Run
@@ -25,11 +25,9 @@ __all__ = [
     "Parser",
     "Precision",
     "Run",
-    "Stopped",
     "UserError",
     "accuracy",
     "add_common_flags",
-    "append",
     "check_arch",
     "check_milestones",
     "compiled",

@@ -26,7 +26,7 @@ class Stopped(BaseException):
 
 @contextlib.contextmanager
 def user_errors(*kinds: type[Exception]) -> Iterator[None]:
-    """Around a call into a room whose errors of these kinds tell the user what to do."""
+    """Around a call into a module whose errors of these kinds tell the user what to do."""
     try:
         yield
     except kinds as error:

@@ -8,11 +8,18 @@ from typing import Any, NoReturn
 from .errors import UserError
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None or action.default is False:
+            return action.help  # no "(default: None)"
+        return super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line and whose help shows the defaults."""
 
     def __init__(self, **kwargs: Any):
-        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **kwargs)
+        super().__init__(formatter_class=_Help, allow_abbrev=False, **kwargs)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (--help lists the flags)")
@@ -46,7 +53,7 @@ def add_common_flags(parser: argparse.ArgumentParser, datasets: Iterable[str]) -
     add("--lr", type=positive, default=0.05, help="learning rate; 0.01 for MobileNetV2, ShuffleV1 and ShuffleV2")
     add("--momentum", type=number(float, 0), default=0.9, help="of SGD")
     add("--weight-decay", type=number(float, 0), default=5e-4, help="of SGD, on every parameter")
-    add("--gamma", type=positive, default=0.1, help="factor of the learning rate at each milestone")
+    add("--gamma", type=positive, default=0.1, help="what the rate is multiplied by at each milestone")
     add("--milestones", type=count, nargs="+", default=[150, 180, 210], help="epochs after which the rate falls")
 
     group = parser.add_argument_group("data")
@@ -87,7 +94,7 @@ def add_common_flags(parser: argparse.ArgumentParser, datasets: Iterable[str]) -
         default="off",
         help="half precision in the networks; losses stay float32",
     )
-    add("--compile", action="store_true", help="torch.compile the networks: a slow first epoch, then faster ones")
+    add("--compile", action="store_true", help="torch.compile networks and loss: a slow first epoch, then faster ones")
     add("--deterministic", action="store_true", help="only algorithms that repeat bit for bit; slower on CUDA")
     add("--save-interval", type=count, default=40, help="epochs between the teacher's numbered checkpoints")
     add("--experiments", default="experiments", metavar="DIR", help="folder of the run folders")
