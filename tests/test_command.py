@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import student
@@ -617,3 +618,19 @@ def test_the_studys_page_shows_what_its_results_say():
     printed = subprocess.run(table, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
     assert [line for line in page if line.startswith("|")] == [line for line in printed if line.startswith("|")]
     assert len(printed) > 4
+
+
+def test_the_studys_figures_are_those_of_its_results():
+    """The same, reckoned here from the files themselves and without table.py."""
+    groups = {}
+    for path in (ROOT / "experiments" / "fashion_mnist").glob("*/result.json"):
+        groups.setdefault(re.sub(r"seed\d+", "", path.parent.name), []).append(json.loads(path.read_text()))
+
+    def shown(results, name):
+        values = np.array([result[name] for result in results])
+        return f"{values.mean():.2f} ± {values.std(ddof=1):.2f} ({len(values)})"
+
+    expected = [tuple(shown(results, name) for name in ("best_acc", "last_acc")) for results in groups.values()]
+    page = (ROOT / "experiments" / "README.md").read_text()
+    cells = r" +\| (\d\d\.\d\d ± \d\.\d\d \(\d\))"
+    assert sorted(re.findall(cells + cells, page)) == sorted(expected)
