@@ -13,9 +13,9 @@
 #   bash command.sh bench        how fast it is (bench.py and its flags)
 #   bash command.sh study        the comparison of experiments/README.md: hours on 2 cores. GPUS="0 0" runs two at a time
 #
-# The first four, demo and study take --dry-run, which prints the commands, one a line. A run that is finished is skipped and one that
-# was stopped goes on, so the same command continues everything; one that fails does not keep the next from running. The
-# last lines tell what became of each; the exit status is 1 if any failed.
+# The first four, demo and study take --dry-run, which prints the commands, one a line. A run that is finished is
+# skipped and one that was stopped goes on, so the same command continues everything; one that fails does not keep the
+# next from running. The last lines tell what became of each; the exit status is 1 if any failed.
 #
 # Set in front, as in `SEEDS="0 1 2" GPUS="0 1" bash command.sh similar`:
 #   SEEDS="0 1 2"                  repeats the experiments, teachers included, with these seeds
@@ -28,6 +28,7 @@
 #   PYTHON=python3.12              the interpreter. Default: .venv's if there is one, else python3
 
 set -u
+case ${PYTHON-} in [!/]*/*) PYTHON=$PWD/$PYTHON ;; esac # it is about to be looked at from another folder
 CDPATH='' cd -- "$(dirname "${BASH_SOURCE[0]}")" || exit 1
 
 TEACHERS="wrn_40_2 resnet56 resnet32x4 vgg13 ResNet50
@@ -78,6 +79,7 @@ END
 }
 
 setup() { # FILE: sees to it that $python has what a requirements file names, in .venv if need be
+  command -v "$python" >/dev/null || die "there is no $python; PYTHON=… names the interpreter"
   has "$python" "$1" && return
   if [ $? = 3 ]; then die "$python is too old, Python 3.10 or newer is needed; PYTHON=… names another"; fi
   if [ ! -x .venv/bin/python ]; then
@@ -89,6 +91,7 @@ setup() { # FILE: sees to it that $python has what a requirements file names, in
       die "$python -m venv failed (on Debian and Ubuntu: apt-get install python3-venv)"
     }
   fi
+  if [ -n "${PYTHON-}" ]; then echo "setup: $PYTHON lacks what $1 names, .venv is used" >&2; fi
   python=.venv/bin/python
   has "$python" "$1" && return
   echo "setup: installing what $1 names into .venv" >&2
@@ -128,13 +131,14 @@ teacher() { # NETWORK SEED
 }
 
 student() { # TEACHER STUDENT METHOD SEED
-  local weights="" name=student_$2_$3_seed$4_teacher_$1$STUDENT_FLAGS
+  local weights="" name=student_$2_$3_seed$4_teacher_$1${STUDENT_FLAGS:+_$STUDENT_FLAGS}
+  name=${name//[ \/]/_}
   case $3 in
     ce) return ;; # among the teachers
     kd) weights=" --tf-weight 0 --ss-weight 0" ;;
     tf) weights=" --ss-weight 0" ;;
   esac
-  add "${name//[ \/]/_}" "student.py --t-path $runs/teacher_$1_seed$4 --s-arch $2 --lr $(rate "$2")$weights$(options "$4")${STUDENT_FLAGS:+ $STUDENT_FLAGS}"
+  add "${name:0:200}" "student.py --t-path $runs/teacher_$1_seed$4 --s-arch $2 --lr $(rate "$2")$weights$(options "$4")${STUDENT_FLAGS:+ $STUDENT_FLAGS}"
 }
 
 list() { # PART: fills COMMANDS and NAMES
@@ -165,6 +169,13 @@ list() { # PART: fills COMMANDS and NAMES
     esac
   done
 
+  case " $methods " in
+    *" kd "* | *" tf "*)
+      case " $FLAGS $STUDENT_FLAGS " in
+        *" --tf-weight"* | *" --ss-weight"*) die "METHODS=kd and tf set --tf-weight and --ss-weight themselves" ;;
+      esac
+      ;;
+  esac
   case $1 in
     similar | cross) if [ -n "${PAIRS-}" ]; then die "PAIRS does not go with $1, which names its own pairs"; fi ;;
   esac
@@ -284,7 +295,8 @@ summary() { # what became of each command; fails if any did not finish
 }
 
 perform() { # PART [--dry-run]: runs COMMANDS
-  case ${2-} in --dry-run | "") ;; *) die "$1 takes --dry-run, not $2" ;; esac
+  case "$*" in "$1" | "$1 --dry-run") ;; *) die "$1 takes --dry-run, not ${*:2}" ;; esac
+  if [ ${#COMMANDS[@]} = 0 ]; then die "SEEDS or PAIRS name nothing to run"; fi
   if [ -n "${2-}" ]; then
     printf 'python %s\n' "${COMMANDS[@]}"
     return
@@ -304,7 +316,15 @@ perform() { # PART [--dry-run]: runs COMMANDS
 
 # ------------------------------------------------------------------------------------------------------------ the demo
 
+own() { # PART VARIABLES: dies if one of these, which the part sets itself, is set
+  local name
+  for name in "${@:2}"; do
+    if [ -n "${!name-}" ]; then die "$1 sets $name itself"; fi
+  done
+}
+
 demo() { # small enough for 2 CPU cores: about 3 minutes
+  own demo PAIRS METHODS
   DATASET=${DATASET:-synthetic}
   runs=experiments/demo_$DATASET
   PAIRS=resnet20:resnet8 METHODS="ce sskd"
@@ -318,6 +338,8 @@ demo() { # small enough for 2 CPU cores: about 3 minutes
 # ----------------------------------------------------------------------------------------------------------- the study
 
 study() { # alone, KD, KD + tf and SSKD on Fashion-MNIST, then KD and SSKD with few or noisy labels; same teachers in all
+  own study DATASET PAIRS METHODS
+  case " $STUDENT_FLAGS " in *" --few-shot"* | *" --label-noise"*) die "study sets --few-shot and --label-noise itself" ;; esac
   local failed=0 more=$STUDENT_FLAGS setting
   DATASET=fashion_mnist runs=experiments/fashion_mnist PAIRS=resnet20:resnet8 SEEDS=${SEEDS:-0 1 2}
   FLAGS="--train-size 5000 --epoch 24 --milestones 15 18 21 --amp bf16${FLAGS:+ $FLAGS}"

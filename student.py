@@ -72,8 +72,8 @@ def parse_args(argv: list[str] | None) -> Namespace:
         file = Path(args.export)
         if file.is_dir() or not file.name or not file.parent.is_dir():
             raise utils.UserError(f"--export {args.export or repr('')}: give a file's name, in a folder that exists")
-        if file.suffix == ".pth" or file == Path(args.s_path or ""):
-            raise utils.UserError(f"--export {file}: the name of a checkpoint; give another, such as student.pt2")
+        if file.exists() and file.suffix != ".pt2":  # it might be a checkpoint
+            raise utils.UserError(f"--export {file}: is there already; only a file that ends in .pt2 is replaced")
     if args.s_path is not None:
         if args.export is None:
             raise utils.UserError("--s-path is for --export: give the file to write, too")
@@ -360,6 +360,8 @@ def main(argv: list[str] | None = None) -> None:
         return
     run = train(args)
     if args.export is not None:
+        if not (run.ckpt / "student_best.pth").exists():
+            raise utils.UserError(f"{run.folder} is finished, but its checkpoint is gone; --overwrite trains it anew")
         export(args, run.folder)
 
 

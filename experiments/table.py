@@ -59,11 +59,11 @@ class Kind(NamedTuple):
     more: str = ""  # those that only a student has
 
 
-Runs = dict[Kind, dict[tuple[int, str], dict[str, float]]]  # the accuracies of each seed (and teacher's weights)
+Runs = dict[Kind, dict[int, dict[str, float]]]  # the accuracies of each seed
 
 
 def read_runs(folder: Path, dataset: str) -> Runs:
-    """The finished runs below `folder` on one data set. A run that is there twice counts once, the outer one."""
+    """The finished runs below `folder` on one data set. A seed that is there twice counts once, the outer one."""
     runs: Runs = defaultdict(dict)
     found = map(Path, glob.glob(f"{glob.escape(str(folder))}/**/result.json", recursive=True))  # follows links
     for path in sorted(found, key=lambda path: (len(path.parts), path)):
@@ -72,12 +72,13 @@ def read_runs(folder: Path, dataset: str) -> Runs:
             result = json.loads(path.read_text())
             accuracies = {name: float(result[name]) for name in ("best_acc", "last_acc")}
             kind, seed, on = kind_of(flags, path.parent.name), int(flags["seed"]), flags["dataset"]
-            which = (seed, str(flags.get("teacher", "")))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             print(f"table.py: {path.parent} left out: {type(error).__name__}: {error}", file=sys.stderr)
             continue
-        if on == dataset:
-            runs[kind].setdefault(which, accuracies)
+        if on != dataset:
+            continue
+        if runs[kind].setdefault(seed, accuracies) != accuracies:
+            print(f"table.py: {path.parent} left out: another run is of its setting and seed", file=sys.stderr)
     return runs
 
 
@@ -110,7 +111,7 @@ def differing(flags: dict, published: dict) -> str:
     return " ".join(typed)
 
 
-def cell(results: dict[tuple[int, str], dict[str, float]] | None, name: str) -> str:
+def cell(results: dict[int, dict[str, float]] | None, name: str) -> str:
     """Mean ± standard deviation (of a sample) over the seeds, and their number."""
     if not results:
         return NONE

@@ -91,7 +91,8 @@ def _arch_in_name(name: str, of_teacher: bool = False) -> str | None:
         teacher = re.search(r"_seed\d+_(.+)", name)
         return _arch_in_name(teacher[1]) if teacher else None
     name = name.removeprefix("sskd_student_").removeprefix("teacher_")
-    return next((arch for arch in models.model_dict if name == arch or name.startswith(f"{arch}_")), None)
+    fitting = [arch for arch in models.model_dict if name == arch or name.startswith(f"{arch}_")]
+    return max(fitting, key=len, default=None)
 
 
 def _names() -> str:

@@ -17,6 +17,7 @@ TINY_STUDENT = [*TINY, "--t-epoch", "2", "--t-milestones", "1", "--s-arch", "res
 SHORT = ["--dataset", "synthetic", "--train-size", "4", "--test-size", "4", "--batch-size", "4"]
 SHORT += ["--epoch", "1", "--milestones", "1"]
 SHORT_STUDENT = [*SHORT, "--s-arch", "resnet8", "--t-epoch", "1", "--t-milestones", "1"]
+OF_THE_MOMENT = ("seconds", "started", "command", "commit")
 
 
 def run_script(*command, cwd, **kwargs):
@@ -44,7 +45,7 @@ def contents(folder):
             continue
         if path.suffix == ".json":
             values = json.loads(path.read_text())
-            found[path.name] = {k: v for k, v in values.items() if k not in ("seconds", "started", "command")}
+            found[path.name] = {k: v for k, v in values.items() if k not in OF_THE_MOMENT}
         elif path.suffix == ".pth":
             found[path.name] = plain(torch.load(path, weights_only=True))
         else:

@@ -74,8 +74,7 @@ BAD_FLAGS = [
     ("student.py", [*STUDENT, "--export", "empty"], "--export empty: give a file's name"),
     ("student.py", [*STUDENT, "--export", ""], "--export '': give a file's name"),
     ("student.py", [*STUDENT, "--export", "."], "--export .: give a file's name"),
-    ("student.py", [*STUDENT, "--export", "plain/best.pth"], "--export plain/best.pth: the name of a checkpoint"),
-    ("student.py", ["--s-path", "plain/student_best", "--export", "plain/student_best"], "the name of a checkpoint"),
+    ("student.py", ["--s-path", "plain", "--export", "plain/best.pth"], "--export plain/best.pth: is there already"),
     ("student.py", ["--s-path", "plain", "--export", "s.pt2"], "--s-arch beside --s-path"),
 ]
 

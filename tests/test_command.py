@@ -169,6 +169,13 @@ def test_every_command_is_one_that_the_scripts_accept():
         (["demo"], {"STUDENT_FLAGS": "--s-arch vgg8"}, "--s-arch cannot be in FLAGS: PAIRS="),
         ([], {"FLAGS": "--few-shot=0.25"}, "--few-shot goes into STUDENT_FLAGS"),
         (["demo", "--dry"], {}, "demo takes --dry-run, not --dry"),
+        (["similar", "--dry-run", "--more"], {}, "similar takes --dry-run, not --dry-run --more"),
+        ([], {"PAIRS": " "}, "SEEDS or PAIRS name nothing to run"),
+        (["demo"], {"PAIRS": TWO_PAIRS}, "demo sets PAIRS itself"),
+        (["study"], {"METHODS": "kd"}, "study sets METHODS itself"),
+        (["study"], {"STUDENT_FLAGS": "--few-shot 0.5"}, "study sets --few-shot"),
+        ([], {"METHODS": "kd sskd", "STUDENT_FLAGS": "--tf-weight 3"}, "METHODS=kd and tf set --tf-weight"),
+        (["teachers"], {"PYTHON": "pyhton3"}, "there is no pyhton3"),
     ],
 )
 def test_what_it_does_not_know_is_named_in_one_line(words, variables, says):
@@ -367,7 +374,7 @@ def test_slots_stop_when_the_script_was_killed(held):
     arrived.lines(2)
     process.kill()
     process.wait(timeout=60)
-    os.write(hold.file, b"gg")
+    os.write(hold.file, b"g" * 9)
     process.stdout.read()  # until the slots have ended too
     assert len(record(root, "begin")) == len(record(root, "end")) == 2
 
@@ -417,8 +424,8 @@ def write_teacher(root, arch, best, last, *words):
     write_run(root / f"teacher_{arch}_seed{flags['seed']}", flags, best, last)
 
 
-def write_student(root, pair, best, last, *words, weights_of_teacher="0123"):
-    flags = flags_of(student.parse_args, "--t-path", "-", "--s-arch", pair[1], *words) | {"teacher": weights_of_teacher}
+def write_student(root, pair, best, last, *words):
+    flags = flags_of(student.parse_args, "--t-path", "-", "--s-arch", pair[1], *words) | {"teacher": "0123"}
     weights = f"weight{flags['tf_weight']}+{flags['ss_weight']}"
     folder = f"sskd_student_{pair[1]}_{weights}_seed{flags['seed']}_teacher_{pair[0]}_seed{flags['seed']}"
     write_run(root / folder, flags, best, last)
@@ -463,7 +470,7 @@ def test_table_has_mean_and_deviation_over_seeds(tmp_path, capsys):
     write_teacher(tmp_path, "vgg13", 75.5, 75.25)
     write_teacher(tmp_path / "deeper", "vgg8", 70, 69)
     write_teacher(tmp_path / "deeper", "vgg8", 71, 70, "--seed", "1")
-    write_teacher(tmp_path / "deeper" / "twice", "vgg8", 10, 10, "--seed", "1")
+    write_teacher(tmp_path / "deeper" / "twice", "vgg8", 71, 70, "--seed", "1")
 
     printed = show(capsys, tmp_path, "--markdown")
     here = {
@@ -508,13 +515,17 @@ def test_runs_with_other_flags_are_listed_apart(tmp_path, capsys, words):
     assert re.search(r"vgg13 +– +alone +55\.00 \(1\) +54\.00 \(1\)\n", listed)
 
 
-def test_a_copy_counts_once_and_a_run_from_another_teacher_by_itself(tmp_path, capsys):
+def test_a_seed_counts_once_and_what_is_left_out_is_told(tmp_path, capsys):
     pair = ("vgg13", "vgg8")
     write_student(tmp_path, pair, 75, 74)
     write_student(tmp_path / "copy", pair, 75, 74)
-    write_student(tmp_path / "other", pair, 77, 76, weights_of_teacher="4567")
-    printed = show(capsys, tmp_path, "--markdown")
-    assert cells(printed, "SSKD", pair)["here, best"] == "76.00 ± 1.41 (2)"
+    assert cells(show(capsys, tmp_path, "--markdown"), "SSKD", pair)["here, best"] == "75.00 (1)"
+    write_student(tmp_path / "other", pair, 77, 76)
+    table.main([str(tmp_path), "--markdown"])
+    printed = capsys.readouterr()
+    assert cells(printed.out, "SSKD", pair)["here, best"] == "75.00 (1)"
+    (line,) = printed.err.splitlines()
+    assert str(tmp_path / "other") in line and "left out" in line
 
 
 def test_links_to_runs_and_teachers_of_others_are_found(tmp_path, capsys):
@@ -610,20 +621,28 @@ def test_a_sweep_stopped_half_way_ends_with_the_right_table(tmp_path):
         assert re.search(rf"resnet8 +{t_arch} +SSKD +{re.escape(expected)} ", done.stdout)
 
 
-def test_the_studys_page_shows_what_its_results_say():
+@pytest.fixture
+def committed(tmp_path):
+    """The folder experiments/ as it was committed: a user's may hold runs of his own."""
+    archive = subprocess.run(["git", "-C", ROOT, "archive", "HEAD", "experiments"], capture_output=True)
+    if archive.returncode:
+        return ROOT / "experiments"  # not a clone
+    subprocess.run(["tar", "-x", "-C", tmp_path], input=archive.stdout, check=True)
+    return tmp_path / "experiments"
+
+
+def test_the_studys_page_shows_what_its_results_say(committed, capsys):
     """Every line of the tables recomputed from the committed results stands in experiments/README.md, and no other."""
-    page = (ROOT / "experiments" / "README.md").read_text().splitlines()
-    words = "experiments/table.py experiments/fashion_mnist --dataset fashion_mnist --markdown".split()
-    table = [sys.executable, *words]
-    printed = subprocess.run(table, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    page = (committed / "README.md").read_text().splitlines()
+    printed = show(capsys, committed / "fashion_mnist", "--dataset", "fashion_mnist", "--markdown").splitlines()
     assert [line for line in page if line.startswith("|")] == [line for line in printed if line.startswith("|")]
     assert len(printed) > 4
 
 
-def test_the_studys_figures_are_those_of_its_results():
+def test_the_studys_figures_are_those_of_its_results(committed):
     """The same, reckoned here from the files themselves and without table.py."""
     groups = {}
-    for path in (ROOT / "experiments" / "fashion_mnist").glob("*/result.json"):
+    for path in (committed / "fashion_mnist").glob("*/result.json"):
         groups.setdefault(re.sub(r"seed\d+", "", path.parent.name), []).append(json.loads(path.read_text()))
 
     def shown(results, name):
@@ -631,6 +650,6 @@ def test_the_studys_figures_are_those_of_its_results():
         return f"{values.mean():.2f} ± {values.std(ddof=1):.2f} ({len(values)})"
 
     expected = [tuple(shown(results, name) for name in ("best_acc", "last_acc")) for results in groups.values()]
-    page = (ROOT / "experiments" / "README.md").read_text()
+    page = (committed / "README.md").read_text()
     cells = r" +\| (\d\d\.\d\d ± \d\.\d\d \(\d\))"
     assert sorted(re.findall(cells + cells, page)) == sorted(expected)

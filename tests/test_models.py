@@ -373,6 +373,11 @@ def test_the_folders_name_tells_the_architecture(file, arch, tmp_path):
     assert find_arch(content, arch="vgg8") == arch, "the folder's name comes before the argument"
 
 
+def test_a_network_whose_name_begins_with_anothers_is_itself(tmp_path, monkeypatch):
+    monkeypatch.setitem(model_dict, "resnet8_mine", model_dict["resnet8"])
+    assert find_arch(save({"state_dict": {}}, tmp_path / "teacher_resnet8_mine_seed0" / "best.pth")) == "resnet8_mine"
+
+
 def test_a_student_run_gives_its_student_and_its_teacher(state, tmp_path):
     folder = tmp_path / STUDENT_RUN.format("resnet8", "teacher_resnet14_seed0")
     teacher = fill(model_dict["resnet14"](), base=500).state_dict()

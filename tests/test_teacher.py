@@ -78,7 +78,7 @@ def test_a_finished_run_says_so_and_trains_nothing(runs, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("gone", ["*.pth", "best.pth"])
-def test_a_finished_teacher_whose_checkpoint_is_gone_is_trained_again(gone, tmp_path, capsys):
+def test_a_finished_teacher_whose_checkpoint_is_gone_is_trained_again(gone, tmp_path, monkeypatch, capsys):
     flags = ["--arch", "resnet8", *TINY, "--experiments", str(tmp_path)]
     teacher.main(flags)
     folder = tmp_path / "teacher_resnet8_seed0"
@@ -87,6 +87,10 @@ def test_a_finished_teacher_whose_checkpoint_is_gone_is_trained_again(gone, tmp_
         path.unlink()
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"torch": "of then"}))
+    args = teacher.parse_args(flags)
+    with monkeypatch.context() as patch, pytest.raises(KeyError):  # stopped before its first epoch is over
+        patch.setattr(teacher.models, "model_dict", {})
+        teacher.train(args)
     teacher.main(flags)
     assert json.loads((folder / "config.json").read_text())["torch"] == torch.__version__
     assert (folder / "ckpt" / "best.pth").read_bytes() == best

@@ -386,9 +386,21 @@ def test_a_record_without_checkpoints_is_made_anew_from_a_teacher_trained_again(
 
     config = json.loads((folder / "config.json").read_text())
     config["flags"]["teacher"] = "another"
-    (folder / "config.json").write_text(json.dumps(config | {"commit": "of then"}))
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "log.jsonl").write_text("made here")
+    assert "teacher was another" in fails(student.main, *flags)
+    (folder / "log.jsonl").unlink()
     student.main(flags)
+    assert "made anew" in capsys.readouterr().out
     assert contents(folder) == contents(runs.student)
+
+
+def test_a_finished_student_without_its_checkpoint_is_not_exported(runs, tmp_path, capsys, fails):
+    folder = tmp_path / runs.student.name
+    shutil.copytree(runs.student, folder, ignore=shutil.ignore_patterns("ckpt"))
+    flags = ["--t-path", runs.teacher, *TINY_STUDENT, "--experiments", tmp_path]
+    assert "--overwrite trains it anew" in fails(student.main, *flags, "--export", tmp_path / "student.pt2")
+    assert (folder / "result.json").exists()
 
 
 @pytest.mark.parametrize("name", ["teacher.pth", "student_best.pth"])

@@ -28,6 +28,7 @@ from .files import append, read, restoring, save, write_atomically
 HARMLESS = (
     "gpu_id data_root data_url experiments overwrite evaluate t_path t_arch s_path export".split()
 )  # change no result
+RECORD = {"config.json", "result.json", ".lock"}  # but for the lock, what a run leaves that is worth keeping in git
 SUMMARY = ("best_acc", "best_epoch", "last_acc")  # what every result.json holds
 
 
@@ -49,13 +50,11 @@ class Run:
         self.folder, self.ckpt = folder, folder / "ckpt"
         self.flags = {name: value for name, value in vars(args).items() if name not in HARMLESS} | more
         self.overwrite = args.overwrite
-        self.last: dict | None = None
-        self.seconds = 0.0  # of the processes before this one
         self._check()
 
     def _check(self) -> None:
         """Reads what the folder holds; writes nothing."""
-        self.result = None
+        self.result, self.last, self.seconds = None, None, 0.0
         if self.overwrite or not self.folder.exists():
             return
         if not self.folder.is_dir():
@@ -73,8 +72,8 @@ class Run:
         now = json.loads(json.dumps(self.flags))
         differing = [name for name in now | before if now.get(name) != before.get(name)]
         result, last = self.folder / "result.json", self.ckpt / "last.pth"
-        if differing == ["teacher"] and result.exists() and not any(self.ckpt.glob("*")):
-            return  # a record without checkpoints, as in a clone, and its teacher was trained again since: made anew
+        if differing == ["teacher"] and {path.name for path in self.folder.rglob("*") if path.is_file()} <= RECORD:
+            return  # the record of a run elsewhere, as in a clone, and its teacher was trained again here: made anew
         if differing:
             listed = ", ".join(f"{name} was {before.get(name)}, is {now.get(name)}" for name in differing)
             raise UserError(f"{self.folder} holds a run with other flags: {listed}; use --overwrite to start anew")
@@ -85,7 +84,7 @@ class Run:
         elif last.exists():
             self.last = read(last)
             with restoring(last):
-                self.seconds = float(self.last["seconds"])
+                self.seconds = float(self.last["seconds"])  # of the processes before this one
                 phase, epoch, sizes = self.last["phase"], self.last["epoch"], self.last["sizes"]
                 assert isinstance(phase, str) and isinstance(epoch, int) and isinstance(sizes, dict)
                 needed = [self.ckpt / name for name in self.last.get("needs", [])]
@@ -120,16 +119,20 @@ class Run:
             raise UserError(f"another process is running in {self.folder}; wait for it or stop it") from error
         known = self.result
         self._check()  # again: the other may have ended between the first look and the lock
-        if self.result is not None and known is None:
+        if self.result is not None and self.result != known:
             raise UserError(f"{self.folder} was finished by another process just now")
         if self.overwrite:
             self._clear()
         config, result = self.folder / "config.json", self.folder / "result.json"
-        if result.exists():  # of a run whose checkpoint is gone: it is made anew
-            for path in (self.ckpt / "last.pth", config, result):
-                path.unlink(missing_ok=True)
+        anew = result.exists()  # its checkpoint is gone
+        if anew:
+            print(f"{self.folder} was finished, but not here or not all of it is left; it is made anew", flush=True)
+            (self.ckpt / "last.pth").unlink(missing_ok=True)
+            if not any(self.ckpt.iterdir()):
+                config.unlink(missing_ok=True)  # first: it may name another teacher, and would block a second start
+            result.unlink()
         self._cut_back()
-        if not config.exists():
+        if anew or not config.exists():
             write_atomically(config, _json({"flags": self.flags, "command": sys.argv, **_environment(device)}))
         events = self._event_files()
         self._events = events[0] if events else self._new_events()
