@@ -341,7 +341,7 @@ study() { # alone, KD, KD + tf and SSKD on Fashion-MNIST, then KD and SSKD with 
   own study DATASET PAIRS METHODS
   case " $STUDENT_FLAGS " in *" --few-shot"* | *" --label-noise"*) die "study sets --few-shot and --label-noise itself" ;; esac
   local failed=0 more=$STUDENT_FLAGS setting
-  DATASET=fashion_mnist runs=experiments/fashion_mnist PAIRS=resnet20:resnet8 SEEDS=${SEEDS:-0 1 2}
+  DATASET=fashion_mnist runs=experiments/fashion_mnist PAIRS=resnet20:resnet8 SEEDS=${SEEDS:-0 1 2 3 4}
   FLAGS="--train-size 5000 --epoch 24 --milestones 15 18 21 --amp bf16${FLAGS:+ $FLAGS}"
   METHODS="ce kd tf sskd"
   for setting in "" " --few-shot 0.25" " --label-noise 0.3"; do
