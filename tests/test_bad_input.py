@@ -13,9 +13,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import cifar
+import models
 import student
 import teacher
 import utils
+from wrapper import Wrapper
 
 STUDENT = ["--t-path", "teacher_resnet8_seed0", "--s-arch", "resnet8", *SHORT]
 BAD_FLAGS = [
@@ -175,10 +177,9 @@ def test_a_last_checkpoint_that_lacks_something_is_refused(missing, tmp_path, fa
     assert "last.pth is damaged" in fails(teacher.main, *flags)
 
 
-@pytest.mark.parametrize("kind", ["text", "half", "no lines", "empty lines", "other shape", "not finite"])
-def test_a_damaged_ss_head_is_not_used_and_trained_anew(kind, runs, tmp_path, capsys):
-    (kept,) = (runs.teacher / "ckpt").glob("ss_head_*.pth")
-    saved, buffer = torch.load(kept, weights_only=True), io.BytesIO()
+def spoil(kind, good):
+    """Bytes of a kept SS head with something wrong with it."""
+    saved, buffer = torch.load(io.BytesIO(good), weights_only=True), io.BytesIO()
     if kind == "no lines":
         del saved["lines"]
     elif kind == "other shape":  # found only after the first tensors have been read
@@ -188,15 +189,34 @@ def test_a_damaged_ss_head_is_not_used_and_trained_anew(kind, runs, tmp_path, ca
     elif kind == "not finite":
         saved["state_dict"]["2.bias"][1] = torch.nan
     torch.save(saved, buffer)
-    ckpt = tmp_path / runs.teacher.name
-    ckpt.mkdir()
-    (ckpt / "best.pth").write_bytes((runs.teacher / "ckpt" / "best.pth").read_bytes())
-    good = kept.read_bytes()
-    (ckpt / kept.name).write_bytes({"text": b"damaged", "half": good[: len(good) // 2]}.get(kind, buffer.getvalue()))
-    student.main(["--t-path", str(ckpt), *TINY_STUDENT, "--experiments", str(tmp_path)])
+    return {"text": b"damaged", "half": good[: len(good) // 2]}.get(kind, buffer.getvalue())
+
+
+def test_a_damaged_ss_head_is_not_used_and_trained_anew(runs, tmp_path, capsys):
+    (kept,) = (runs.teacher / "ckpt").glob("ss_head_*.pth")
+    good, folder = kept.read_bytes(), tmp_path / runs.teacher.name
+    folder.mkdir()
+    shutil.copy(runs.teacher / "ckpt" / "best.pth", folder)
+    (folder / kept.name).write_bytes(spoil("other shape", good))
+    student.main(["--t-path", str(folder), *TINY_STUDENT, "--experiments", str(tmp_path)])
     assert "is damaged and not used" in capsys.readouterr().out
-    assert (ckpt / kept.name).read_bytes() == good
+    assert (folder / kept.name).read_bytes() == good
     assert contents(tmp_path / runs.student.name) == contents(runs.student)
+
+
+@pytest.mark.parametrize("kind", ["text", "half", "no lines", "empty lines", "other shape", "not finite"])
+def test_nothing_of_a_damaged_ss_head_is_taken(kind, runs, tmp_path, capsys):
+    (kept,) = (runs.teacher / "ckpt").glob("ss_head_*.pth")
+    good, path = kept.read_bytes(), tmp_path / kept.name
+    head = Wrapper(models.load(runs.teacher)).proj_head
+    before = utils.fingerprint(head)
+    path.write_bytes(spoil(kind, good))
+    assert student.read_ss_head(head, path) == []
+    assert "is damaged and not used" in capsys.readouterr().out
+    assert utils.fingerprint(head) == before
+    path.write_bytes(good)
+    assert len(student.read_ss_head(head, path)) == 2
+    assert utils.fingerprint(head) != before
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
