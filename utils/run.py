@@ -126,7 +126,7 @@ class Run:
         config, result = self.folder / "config.json", self.folder / "result.json"
         anew = result.exists()  # its checkpoint is gone
         if anew:
-            print(f"{self.folder} was finished, but not here or not all of it is left; it is made anew", flush=True)
+            print(f"{self.folder} was finished, but its checkpoint is not there: it is made anew", flush=True)
             (self.ckpt / "last.pth").unlink(missing_ok=True)
             if not any(self.ckpt.iterdir()):
                 config.unlink(missing_ok=True)  # first: it may name another teacher, and would block a second start
