@@ -141,26 +141,28 @@ student() { # TEACHER STUDENT METHOD SEED
   add "${name:0:200}" "student.py --t-path $runs/teacher_$1_seed$4 --s-arch $2 --lr $(rate "$2")$weights$(options "$4")${STUDENT_FLAGS:+ $STUDENT_FLAGS}"
 }
 
-list() { # PART: fills COMMANDS and NAMES
-  local seed pair method arch teachers="" pairs=${PAIRS:-$SIMILAR $CROSS} methods=${METHODS:-sskd}
-  for method in $methods; do
+check() { # METHODS PAIRS: dies if a variable holds what can't be, or a flag is not where it belongs
+  local method pair seed flag
+  for method in $1; do
     case $method in
       ce | kd | tf | sskd) ;;
       *) die "METHODS: $method is none of ce kd tf sskd" ;;
     esac
   done
-  for pair in $pairs; do
+  for pair in $2; do
     case $pair in *?:?*) ;; *) die "PAIRS: $pair is no teacher:student" ;; esac
   done
   for seed in ${SEEDS:-0} ${GPUS-}; do
     case $seed in *[!0-9]* | 0?*) die "SEEDS and GPUS hold whole numbers, not $seed" ;; esac
   done
-  local flag
   for flag in $FLAGS $STUDENT_FLAGS; do
     case ${flag%%=*} in
       --seed) die "--seed goes into SEEDS, for teachers and students alike" ;;
       --dataset | --experiments) die "${flag%%=*} cannot be in FLAGS: DATASET=… chooses the data set and its folder" ;;
       --t-path | --s-arch | --arch) die "${flag%%=*} cannot be in FLAGS: PAIRS=… names the networks" ;;
+      --tf-weight | --ss-weight)
+        case " $1 " in *" kd "* | *" tf "*) die "METHODS=kd and tf set --tf-weight and --ss-weight themselves" ;; esac
+        ;;
     esac
   done
   for flag in $FLAGS; do
@@ -168,14 +170,11 @@ list() { # PART: fills COMMANDS and NAMES
       --few-shot | --label-noise) die "${flag%%=*} goes into STUDENT_FLAGS: the teachers see all data and true labels" ;;
     esac
   done
+}
 
-  case " $methods " in
-    *" kd "* | *" tf "*)
-      case " $FLAGS $STUDENT_FLAGS " in
-        *" --tf-weight"* | *" --ss-weight"*) die "METHODS=kd and tf set --tf-weight and --ss-weight themselves" ;;
-      esac
-      ;;
-  esac
+list() { # PART: fills COMMANDS and NAMES
+  local seed pair method arch teachers="" pairs=${PAIRS:-$SIMILAR $CROSS} methods=${METHODS:-sskd}
+  check "$methods" "$pairs"
   case $1 in
     similar | cross) if [ -n "${PAIRS-}" ]; then die "PAIRS does not go with $1, which names its own pairs"; fi ;;
   esac

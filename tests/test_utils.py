@@ -390,6 +390,9 @@ def test_a_record_without_checkpoints_is_made_anew_from_a_teacher_trained_again(
     (folder / "log.jsonl").write_text("made here")
     assert "teacher was another" in fails(student.main, *flags)
     (folder / "log.jsonl").unlink()
+    (folder / "result.json").rename(tmp_path / "result.json")
+    assert "teacher was another" in fails(student.main, *flags)  # no record either, but what a stopped start left
+    (tmp_path / "result.json").rename(folder / "result.json")
     student.main(flags)
     assert "made anew" in capsys.readouterr().out
     assert contents(folder) == contents(runs.student)

@@ -28,7 +28,7 @@ from .files import append, read, restoring, save, write_atomically
 HARMLESS = (
     "gpu_id data_root data_url experiments overwrite evaluate t_path t_arch s_path export".split()
 )  # change no result
-RECORD = {"config.json", "result.json", ".lock"}  # but for the lock, what a run leaves that is worth keeping in git
+RECORD = {"config.json", "result.json"}  # what a run leaves that is worth keeping in git
 SUMMARY = ("best_acc", "best_epoch", "last_acc")  # what every result.json holds
 
 
@@ -72,7 +72,8 @@ class Run:
         now = json.loads(json.dumps(self.flags))
         differing = [name for name in now | before if now.get(name) != before.get(name)]
         result, last = self.folder / "result.json", self.ckpt / "last.pth"
-        if differing == ["teacher"] and {path.name for path in self.folder.rglob("*") if path.is_file()} <= RECORD:
+        files = {path.name for path in self.folder.rglob("*") if path.is_file()}
+        if differing == ["teacher"] and files - {".lock"} == RECORD:
             return  # the record of a run elsewhere, as in a clone, and its teacher was trained again here: made anew
         if differing:
             listed = ", ".join(f"{name} was {before.get(name)}, is {now.get(name)}" for name in differing)
