@@ -35,6 +35,15 @@ class DataError(ValueError):
     """The data set can't be had as asked for; the message says what to do."""
 
 
+class Batch(NamedTuple):
+    """B images of a split in V views each, on the device."""
+
+    x: Tensor  # (V·B, 3, 32, 32) float32, normalised, channels last; the views of an image follow one another
+    target: Tensor  # (B,) labels
+    rows: Tensor  # (B,) which images of the split they are
+    window: Tensor  # (B, V) which of the 648 windows each view is, see `windows`
+
+
 class Draws(NamedTuple):
     """The random draws of one epoch over N images seen in V views, on the device."""
 
@@ -109,9 +118,20 @@ class Images:
         pixels: (N, 32, 32, 3) uint8.
         labels: (N,) int64.
         statistics: mean and standard deviation of the three channels, in [0, 1].
+        batch_size: images a training step.
+        seed: of every draw.
     """
 
-    def __init__(self, pixels: Tensor, labels: Tensor, statistics: tuple, device: torch.device | str):
+    def __init__(
+        self,
+        pixels: Tensor,
+        labels: Tensor,
+        statistics: tuple,
+        device: torch.device | str,
+        batch_size: int = 64,
+        seed: int = 0,
+    ):
+        self.batch_size, self.seed = batch_size, seed
         self.pixels = pixels.to(device)
         self.labels = labels.to(device)
         # repeated for every pixel: elementwise work along one long row is vectorised, along rows of 3 it is not
@@ -122,24 +142,29 @@ class Images:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def train_batches(self, batch_size: int, views: int, seed: int, phase: str, epoch: int) -> Iterator:
-        """A training epoch: (views (V·B, 3, 32, 32) float32, view fastest; labels (B,)), the last batch smaller.
+    def batches(self, phase: str, epoch: int, views: int) -> Iterator[Batch]:
+        """A training epoch, whose last batch may be smaller.
 
         `views` is 1 (flip and crop) or 4 (rotated by 0, 90, 180, 270 degrees, sharing their flip, not their crop).
         """
-        draws = draw(len(self), views, seed, phase, epoch)
+        draws = draw(len(self), views, self.seed, phase, epoch)
         order, window = (x.to(self.labels.device) for x in draws)
-        for i in range(0, len(self), batch_size):
-            rows = order[i : i + batch_size]
-            yield self.views(rows, window[i : i + batch_size]), self.labels[rows]
+        yield from self._cut_into(self.batch_size, order, window)
 
-    def test_batches(self, batch_size: int, views: int) -> Iterator:
-        """The images in their own order, rotated if `views` is 4, not flipped, not cropped; shapes as in training."""
+    def test_batches(self, views: int) -> Iterator[Batch]:
+        """The images in their own order, not flipped, not cropped, rotated if `views` is 4.
+
+        A batch has 4 · batch_size views, so that none needs more memory than a student's training step.
+        """
         rows = torch.arange(len(self), device=self.labels.device)
         centre = torch.full((len(self), views), PAD, device=rows.device)
         window = window_rows(torch.zeros_like(rows).unsqueeze(1), centre, centre)
-        for i in range(0, len(self), batch_size):
-            yield self.views(rows[i : i + batch_size], window[i : i + batch_size]), self.labels[i : i + batch_size]
+        yield from self._cut_into(4 * self.batch_size // views, rows, window)
+
+    def _cut_into(self, size: int, order: Tensor, window: Tensor) -> Iterator[Batch]:
+        for i in range(0, len(order), size):
+            rows, seen = order[i : i + size], window[i : i + size]
+            yield Batch(self.views(rows, seen), self.labels[rows], rows, seen)
 
     def views(self, rows: Tensor, window: Tensor) -> Tensor:
         """Normalised views of the images `rows` (B,) as `window` (B, V) says: (V·B, 3, 32, 32), channels last."""
@@ -175,7 +200,7 @@ def cut(padded: Tensor, windows: tuple[Tensor, Tensor], window: Tensor) -> Tenso
 
 
 def load(args: Namespace, device: torch.device | str) -> tuple[Images, Images]:
-    """The training and the test split that the flags ask for (`utils.add_common_flags`, group "data").
+    """The training and the test split that the flags ask for (`utils.make_parser`, group "data").
 
     Raises:
         DataError: the files are missing or damaged and could not be downloaded; fewer images than asked for.
@@ -198,7 +223,7 @@ def load(args: Namespace, device: torch.device | str) -> tuple[Images, Images]:
             pixels, labels = pixels[kept], labels[kept]
         if train and args.label_noise > 0:
             labels = label_noise(labels, args.label_noise, NUM_CLASSES[name], args.seed)
-        splits.append(Images(pixels, labels, STATISTICS[name], device))
+        splits.append(Images(pixels, labels, STATISTICS[name], device, args.batch_size, args.seed))
     return splits[0], splits[1]
 
 

@@ -1,10 +1,16 @@
-"""A backbone with a self-supervision head on top (Xu et al., ECCV 2020, section 3.1)."""
+"""A backbone with a self-supervision head on top (Xu et al., ECCV 2020, section 3.1); the frozen teacher."""
 
-import copy
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, fx, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch import Tensor, nn
+from torch.fx.experimental import optimization
+
+
+class Output(NamedTuple):
+    logits: Tensor  # (N, C) of the backbone's classifier
+    embedding: Tensor  # (N, D) of the SS head
+    feature: Tensor  # (N, D) of the backbone, from which both are made
 
 
 class Wrapper(nn.Module):
@@ -21,19 +27,18 @@ class Wrapper(nn.Module):
         self.backbone = backbone
         self.proj_head = nn.Sequential(nn.Linear(width, width), nn.ReLU(inplace=True), nn.Linear(width, width))
 
-    def forward(self, x: Tensor, bb_grad: bool = True) -> tuple[Tensor, Tensor, Tensor]:
-        """(N, 3, 32, 32) → logits (N, C), embedding (N, D) of the SS head, feature (N, D) of the backbone.
+    def forward(self, x: Tensor, bb_grad: bool = True) -> Output:
+        """(N, 3, 32, 32) → logits, embedding, feature.
 
-        With `bb_grad=False` no graph is built for the backbone: gradients reach the head alone.
+        With `bb_grad=False` no graph is built for the backbone: the gradient of the embedding stops at the SS head.
         """
         with torch.set_grad_enabled(bb_grad and torch.is_grad_enabled()):
-            features, logits = self.backbone(x, is_feat=True)  # N x D, N x C
-        feature = features[-1]
-        return logits, self.proj_head(feature), feature
+            features, logits = self.backbone(x, is_feat=True)
+        return Output(logits, self.proj_head(features[-1]), features[-1])
 
 
 class _LastFeature(nn.Module):
-    """What a Wrapper asks of a backbone, and no more: features that nothing reads would keep their batch norm."""
+    """A backbone that gives its last feature alone: a batch norm whose output is a feature could not be folded."""
 
     def __init__(self, backbone: nn.Module):
         super().__init__()
@@ -50,18 +55,7 @@ def fold_batch_norms(teacher: Wrapper) -> Wrapper:
     Each batch norm that alone reads a convolution's output becomes part of that convolution; the others (those of
     pre-activation blocks that read a sum) stay. Only the last feature is kept. `teacher` itself is left as it is.
     """
-    traced = fx.symbolic_trace(_LastFeature(copy.deepcopy(teacher.backbone)).eval())
-    graph, modules = traced.graph, dict(traced.named_modules())
-    for node in graph.nodes:
-        conv_node = node.args[0] if node.args else None
-        if not isinstance(conv_node, fx.Node) or node.op != "call_module" or conv_node.op != "call_module":
-            continue
-        conv, norm = modules[conv_node.target], modules[node.target]
-        if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d) and len(conv_node.users) == 1:
-            traced.set_submodule(conv_node.target, fuse_conv_bn_eval(conv, norm))
-            node.replace_all_uses_with(conv_node)
-            graph.erase_node(node)
-    folded = Wrapper(fx.GraphModule(traced, graph))
+    folded = Wrapper(optimization.fuse(_LastFeature(teacher.backbone).eval()))
     folded.backbone.requires_grad_(False)
     folded.proj_head = teacher.proj_head
     return folded.eval()

@@ -36,8 +36,9 @@ def load(name, root, *flags):
     return cifar.load(args, "cpu")
 
 
-def images(count=10):
-    return cifar.Images(random_pixels(count), torch.arange(count), cifar.STATISTICS["cifar100"], "cpu")
+def images(count=10, batch_size=4, seed=3):
+    statistics = cifar.STATISTICS["cifar100"]
+    return cifar.Images(random_pixels(count), torch.arange(count), statistics, "cpu", batch_size, seed)
 
 
 def decode(window):
@@ -69,10 +70,12 @@ def test_every_view_is_a_flip_a_rotation_and_a_crop(flip, turn):
 def test_a_training_epoch_equals_torchvision_on_the_same_draws(count_views):
     data = images()
     draws = cifar.draw(10, count_views, seed=3, phase="student", epoch=2)
-    batches = list(data.train_batches(4, count_views, 3, "student", 2))
-    assert [len(target) for _, target in batches] == [4, 4, 2]
-    assert torch.equal(torch.cat([target for _, target in batches]), draws.order)
-    views = torch.cat([x for x, _ in batches])
+    batches = list(data.batches("student", 2, count_views))
+    assert [len(batch.target) for batch in batches] == [4, 4, 2]
+    assert torch.equal(torch.cat([batch.target for batch in batches]), draws.order)
+    assert torch.equal(torch.cat([batch.rows for batch in batches]), draws.order)
+    assert torch.equal(torch.cat([batch.window for batch in batches]), draws.window)
+    views = torch.cat([batch.x for batch in batches])
     for row, window in enumerate(draws.window.flatten()):
         raw = expected_view(data.pixels[draws.order[row // count_views]], *decode(window))
         expected = tvf.normalize(raw.float() / 255, *cifar.STATISTICS["cifar100"])
@@ -81,13 +84,19 @@ def test_a_training_epoch_equals_torchvision_on_the_same_draws(count_views):
 
 def test_test_views_are_whole_images_rotated_as_numpy_rotates():
     data = images()
-    views = torch.cat([x for x, _ in data.test_batches(4, 4)])
-    labels = torch.cat([target for _, target in data.test_batches(4, 4)])
-    assert torch.equal(labels, torch.arange(10))
+    batches = list(data.test_batches(4))
+    assert [len(batch.target) for batch in batches] == [4, 4, 2]
+    views = torch.cat([batch.x for batch in batches])
+    assert torch.equal(torch.cat([batch.target for batch in batches]), torch.arange(10))
     for row in range(40):
         turned = np.rot90(data.pixels[row // 4].numpy(), row % 4).copy()
         expected = tvf.normalize(tvf.to_tensor(turned), *cifar.STATISTICS["cifar100"])
         assert torch.equal(views[row], expected)
+
+
+def test_a_test_batch_has_as_many_views_whether_rotated_or_not():
+    assert [len(next(images().test_batches(views)).x) for views in (1, 4)] == [10, 16]
+    assert len(next(images(20).test_batches(1)).x) == 16
 
 
 def test_views_share_their_flip_but_not_their_crop():
@@ -131,7 +140,7 @@ def test_an_epoch_sees_every_image_once():
 
 
 def test_views_are_channels_last_float32():
-    x, _ = next(images().train_batches(4, 4, 0, "student", 1))
+    x = next(images().batches("student", 1, 4)).x
     assert x.shape == (16, 3, 32, 32)
     assert x.dtype == torch.float32
     assert x.is_contiguous(memory_format=torch.channels_last)

@@ -1,0 +1,338 @@
+"""What the entries share while they train: flags, the device and its precision, SGD, meters, one epoch, evaluation."""
+
+import argparse
+import contextlib
+import ctypes
+import functools
+import math
+import os
+import platform
+import random
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.utils import make_grid
+from tqdm import tqdm
+
+
+class UserError(Exception):
+    """Something the user can put right; the message says how."""
+
+
+class Fault(Exception):
+    """The machine or the training failed, not the user."""
+
+
+# ------------------------------------------------------------------------------------------------------------- flags
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None or action.default is False:
+            return action.help  # no "(default: None)"
+        return super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are a UserError and whose help shows the defaults."""
+
+    def __init__(self, description: str):
+        super().__init__(description=description, formatter_class=_Help, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (--help lists the flags)")
+
+
+class Increasing(argparse.Action):
+    """An argparse action for numbers of which each must be above the one before."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, *_: Any) -> None:
+        if any(a >= b for a, b in zip(values, values[1:], strict=False)):
+            raise argparse.ArgumentError(self, f"{' '.join(map(str, values))}: milestones must increase")
+        setattr(namespace, self.dest, values)
+
+
+def number(kind: type, low: float, high: float = 10**9, above: bool = False) -> Callable[[str], Any]:
+    """An argparse type: a `kind` in [low, high], or in (low, high] if `above`."""
+
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high or (above and value == low):
+            what = "a whole number" if kind is int else "a number"
+            bound = f"above {low}" if above else f"of at least {low}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what} {bound} and at most {high}")
+        return value
+
+    return parse
+
+
+def make_parser(description: str, datasets: Iterable[str]) -> Parser:
+    """A parser of the flags that all entries share."""
+    parser = Parser(description)
+    positive, count = number(float, 0, above=True), number(int, 1)
+
+    add = parser.add_argument_group("optimisation (SGD; the learning rate falls at milestones)").add_argument
+    add("--epoch", type=count, default=240, help="epochs; the published tables use 240")
+    add("--batch-size", type=count, default=64, help="images a step; a student sees 4 views of each")
+    add("--lr", type=positive, default=0.05, help="learning rate; 0.01 for MobileNetV2, ShuffleV1 and ShuffleV2")
+    add("--momentum", type=number(float, 0), default=0.9, help="of SGD")
+    add("--weight-decay", type=number(float, 0), default=5e-4, help="of SGD, on every parameter")
+    add("--gamma", type=positive, default=0.1, help="what the rate is multiplied by at each milestone")
+    milestones = {"type": count, "nargs": "+", "action": Increasing, "default": [150, 180, 210]}
+    add("--milestones", **milestones, help="epochs after which the rate falls")
+
+    add = parser.add_argument_group("data").add_argument
+    drawn = "synthetic needs no files; it only shows that all runs"
+    add("--dataset", choices=list(datasets), default="cifar100", help=drawn)
+    add("--data-root", default="./data", metavar="DIR", help="where torchvision keeps the data sets")
+    add("--data-url", metavar="URL", help="a mirror of the data set's archive (its md5 is still checked)")
+    add("--train-size", type=count, metavar="N", help="train on the first N images only")
+    add("--test-size", type=count, metavar="N", help="test on the first N images only")
+    few = "train on this share of every class, drawn by the seed; the paper tries 0.25, 0.5, 0.75"
+    add("--few-shot", type=number(float, 0, 1, above=True), default=1.0, metavar="FRACTION", help=few)
+    noise = "give this share of the training images another label, drawn by the seed; the paper tries 0.1 to 0.5"
+    add("--label-noise", type=number(float, 0, 1), default=0.0, metavar="FRACTION", help=noise)
+
+    add = parser.add_argument_group("running").add_argument
+    add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of the weights and of every draw")
+    device = "the CUDA device; without CUDA: Apple's MPS, else the CPU"
+    add("--gpu-id", type=number(int, 0), default=0, help=device)
+    half = "half precision in the networks; losses stay float32"
+    add("--amp", choices=["off", "bf16", "fp16"], default="off", help=half)
+    add("--compile", action="store_true", help="torch.compile networks and loss: a slow first epoch, then faster ones")
+    add("--deterministic", action="store_true", help="only algorithms that repeat bit for bit; slower on CUDA")
+    add("--save-interval", type=count, default=40, help="epochs between the teacher's numbered checkpoints")
+    add("--experiments", default="experiments", metavar="DIR", help="folder of the run folders")
+    add("--overwrite", action="store_true", help="delete what the run folder holds and start anew")
+    return parser
+
+
+def data_name(args: argparse.Namespace) -> str:
+    """What a run folder's name says of few-shot and noisy data, e.g. `_few0.25_noise0.3`; nothing of all the data."""
+    few = f"_few{args.few_shot}" if args.few_shot < 1 else ""
+    return few + (f"_noise{args.label_noise}" if args.label_noise else "")
+
+
+# ------------------------------------------------------------------------------------------------ device and precision
+
+
+def pick_device(gpu_id: int) -> torch.device:
+    """CUDA `gpu_id`, else Apple's MPS, else the CPU; printed in one line."""
+    if torch.cuda.is_available():
+        if gpu_id >= torch.cuda.device_count():
+            raise UserError(f"--gpu-id {gpu_id}: this machine has CUDA devices 0 to {torch.cuda.device_count() - 1}")
+        device = torch.device("cuda", gpu_id)
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    threads = "" if device.type == "cuda" else f", {torch.get_num_threads()} threads"
+    print(f"device: {device} ({device_name(device)}{threads})", flush=True)
+    return device
+
+
+def device_name(device: torch.device) -> str:
+    """What the device is sold as."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+
+
+def set_up(seed: int, device: torch.device, deterministic: bool) -> None:
+    """Seeds everything and chooses between fast and repeatable algorithms."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    torch.backends.cudnn.benchmark = not deterministic  # shapes are static: the search for the fastest pays at once
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs to repeat itself
+    torch.use_deterministic_algorithms(deterministic)
+    if device.type == "cpu":
+        _keep_freed_memory()
+
+
+def _keep_freed_memory() -> None:
+    """Lets glibc keep what it frees, up to 1 GB.
+
+    By itself it gives large blocks back to the system and gets them anew, page by page, at every step: a tenth of a
+    step's time on a CPU. Elsewhere than with glibc nothing changes.
+    """
+    m_trim_threshold, m_mmap_threshold = -1, -3  # of malloc.h
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        mallopt(m_mmap_threshold, 1 << 30)
+        mallopt(m_trim_threshold, 1 << 30)
+
+
+def precision(amp: str, device: torch.device) -> Callable[[], AbstractContextManager]:
+    """The context in which the networks run (`--amp`): `with autocast(): …`."""
+    dtype = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
+    return functools.partial(torch.autocast, device.type, dtype=dtype, enabled=amp != "off")
+
+
+def compiled(function: Callable, wanted: bool, device: torch.device) -> Callable:
+    """`function` as one compiled graph if `wanted` (`--compile`).
+
+    Shapes are static but for an epoch's last batch, which gets a graph of its own. On CUDA the graphs are replayed
+    whole, since launching the kernels of small networks one by one takes longer than running them.
+    """
+    if not wanted:
+        return function
+    mode = "reduce-overhead" if device.type == "cuda" else "default"
+    return torch.compile(function, fullgraph=True, dynamic=False, mode=mode)
+
+
+def wide(device: torch.device) -> torch.dtype:
+    """The widest float of the device: Apple's MPS has no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+# ------------------------------------------------------------------------------------------------------------ training
+
+
+class SGD:
+    """The published optimisation as one thing to save and restore: SGD, its MultiStepLR, and the scaler of float16.
+
+    Args:
+        parameters: what is trained.
+        lr, milestones: the learning rate, and the epochs after which it is multiplied by `args.gamma`.
+        args: `momentum`, `weight_decay`, `gamma`, `amp`.
+    """
+
+    def __init__(self, parameters: Iterable[Tensor], lr: float, milestones: list[int], args: argparse.Namespace):
+        parameters = list(parameters)
+        decay = {"momentum": args.momentum, "weight_decay": args.weight_decay}
+        # fused: one kernel updates all parameters, and skips an overflowed step without asking the host
+        self.optimizer = torch.optim.SGD(parameters, lr=lr, fused=True, **decay)
+        self.scheduler = torch.optim.lr_scheduler.MultiStepLR(self.optimizer, milestones, args.gamma)
+        # only float16 needs its gradients scaled away from zero; a disabled scaler passes everything through
+        self.scaler = torch.amp.GradScaler(parameters[0].device.type, enabled=args.amp == "fp16")
+
+    @property
+    def lr(self) -> float:
+        """The learning rate now."""
+        return self.optimizer.param_groups[0]["lr"]
+
+    def step(self, loss: Tensor) -> None:
+        """One step down the gradient of `loss`."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+
+    def end_epoch(self) -> None:
+        self.scheduler.step()
+
+    def state_dict(self) -> dict:
+        """Tensors, numbers, lists and dicts."""
+        epochs = self.scheduler.last_epoch
+        return {"optimizer": self.optimizer.state_dict(), "epochs": epochs, "scaler": self.scaler.state_dict()}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.last_epoch = state["epochs"]
+        self.scaler.load_state_dict(state["scaler"])
+
+
+def accuracy(scores: Tensor, target: Tensor) -> Tensor:
+    """Share of the rows of `scores` (N, C) whose highest column is `target` (N,), in percent: a scalar."""
+    return (scores.argmax(1) == target).to(wide(target.device)).mean() * 100
+
+
+class Meter:
+    """Means of scalars over an epoch, kept on the device so that adding never waits for it.
+
+    It also remembers, there, the first step at which each scalar was not finite.
+    """
+
+    def __init__(self, label: str):
+        self.label = label  # which epoch of what
+        self.names: list[str] = []
+        self.rows = self.steps = 0
+        self.total: Tensor | int = 0
+        self.finite_steps: Tensor | int = 0  # before the first that was not
+
+    def add(self, rows: int, loss: Tensor, values: dict[str, Tensor]) -> None:
+        """Adds scalars that are means over `rows` rows, beside the loss that they are parts of."""
+        self.names = ["loss", *values]
+        stacked = torch.stack([value.detach() for value in (loss, *values.values())]).to(wide(loss.device))
+        self.total = self.total + stacked * rows
+        self.finite_steps = self.finite_steps + torch.isfinite(self.total)  # a total that went bad stays bad
+        self.rows += rows
+        self.steps += 1
+
+    def means(self) -> dict[str, float]:
+        """The means of the values so far. This is a sync point: once an epoch, or for a progress line.
+
+        Raises:
+            Fault: the loss was not finite; names the epoch, the step and the terms. A term that is not part of the
+                loss, its weight being 0, may be anything.
+        """
+        finite, totals = self.finite_steps.tolist(), self.total.tolist()
+        if finite[0] < self.steps:
+            bad = [name for name, steps in zip(self.names, finite, strict=True) if steps <= finite[0]]
+            raise Fault(
+                f"{self.label}, step {finite[0] + 1}: {', '.join(bad[1:]) or 'the loss'} is not finite; what was saved "
+                "before is intact. A lower --lr (and for fp16: --amp bf16) helps"
+            )
+        return {name: total / self.rows for name, total in zip(self.names[1:], totals[1:], strict=True)}
+
+
+def train_epoch(
+    module: nn.Module, loss_of: Callable, batches: Iterator, sgd: SGD, images: int, label: str
+) -> dict[str, float]:
+    """Trains `module` on the batches of one epoch over `images` images; returns the means of what is logged.
+
+    `loss_of(batch)` gives the loss and {name: scalar} to log. On a terminal a bar named `label` shows images per
+    second, the time left and, every 20 steps, the means.
+    """
+    module.train()
+    meter = Meter(label)
+    silent = True if sys.stderr is None else None  # None: silent unless it is a terminal
+    with tqdm(total=images, desc=label, unit=" images", leave=False, dynamic_ncols=True, disable=silent) as bar:
+        for batch in batches:
+            loss, logged = loss_of(batch)
+            sgd.step(loss)
+            meter.add(len(batch.target), loss, logged)
+            if not bar.disable and meter.steps % 20 == 0:
+                bar.set_postfix({name: f"{mean:.3f}" for name, mean in meter.means().items()}, refresh=False)
+            bar.update(len(batch.target))
+    return meter.means()
+
+
+@torch.inference_mode()
+def evaluate(model: nn.Module, images: Any, autocast: Callable, label: str = "test") -> tuple[float, float]:
+    """Cross-entropy (nats) and accuracy (%) of `model` on the normal views of a split; leaves it in eval mode.
+
+    `label` says what is tested, if the loss should not be finite.
+    """
+    model.eval()
+    meter = Meter(label)
+    for batch in images.test_batches(views=1):
+        with autocast():
+            logits = model(batch.x)
+        loss = F.cross_entropy(logits.float(), batch.target)
+        meter.add(len(batch.target), loss, {"cls_loss": loss, "cls_acc": accuracy(logits, batch.target)})
+    means = meter.means()
+    return means["cls_loss"], means["cls_acc"]
+
+
+# ---------------------------------------------------------------------------------------------- what TensorBoard shows
+
+
+def views_image(views: Tensor, per_image: int) -> Tensor:
+    """Views (V·N, 3, H, W) in [0, 1] → one image, a row for each of the N with its V = `per_image` views."""
+    return make_grid(views, nrow=per_image, padding=1)
+
+
+def similarity_image(teacher: Tensor, student: Tensor) -> Tensor:
+    """Two similarity matrices (3B, B) side by side as an image: black at -1, white at 1, four pixels to an entry."""
+    gap = teacher.new_full((len(teacher), 2), 1.0)
+    both = (torch.cat([teacher, gap, student], 1) + 1) / 2
+    return both.repeat_interleave(4, 0).repeat_interleave(4, 1).unsqueeze(0)
