@@ -6,90 +6,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from oracle import GOLDEN
-from test_losses import golden_inputs
 
 import bench
-import cifar
-import losses
 import utils
 
 PAIR = "resnet8:resnet8"
 TINY = bench.Plan(
     torch.device("cpu"), batch=4, images=16, seconds=0, least=1, ss_batches=5, widths=(8, 16), batches=(2, 4), side=32
 )
-
-
-def outputs(seed=0, batch=6, width=16):
-    """Logits of student and teacher, embeddings of both, labels; half of the teacher's rows are right."""
-    generator = torch.Generator().manual_seed(seed)
-    tensors = [torch.randn(4 * batch, columns, generator=generator) for columns in (10, 10, width, width)]
-    target = torch.randint(10, (batch,), generator=generator)
-    tensors[1][torch.arange(0, 4 * batch, 2), target.repeat_interleave(2)] += 6
-    tensors[3] = tensors[3] + torch.rand(4 * batch, 1, generator=generator) * 2 * tensors[3][::4].repeat_interleave(
-        4, 0
-    )
-    return tensors, target
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_the_published_terms_and_gradients_equal_those_of_losses(seed):
-    tensors, target = outputs(seed)
-    found = []
-    for terms_of in (bench.published_terms, losses.sskd_terms):
-        inputs = [x.clone().requires_grad_() for x in tensors]
-        terms = terms_of(*inputs, target)
-        bench.total(terms).backward()
-        assert inputs[1].grad is None or terms_of is losses.sskd_terms  # the teacher's graph ends in a detach
-        found.append([*terms, inputs[0].grad, inputs[2].grad])
-    for published, here in zip(*found, strict=True):
-        torch.testing.assert_close(published, here, rtol=1e-4, atol=1e-6)
-
-
-def test_the_published_terms_equal_the_golden_figures():
-    case = next(c for c in GOLDEN["losses"] if (c["kd_T"], c["tf_T"], c["ss_T"], c["ratio_ss"]) == (4, 4, 0.5, 0.75))
-    inputs, target = golden_inputs(case)
-    terms = bench.published_terms(*inputs, target)
-    for name, term in terms._asdict().items():
-        assert term.item() == pytest.approx(case[name], rel=1e-5), name
-
-
-@pytest.mark.parametrize("ratio", [0.0, 0.3, 0.75, 1.0])
-def test_the_published_rows_kept_are_those_of_losses(ratio):
-    for seed in range(5):
-        (_, scores, _, _), target = outputs(seed)
-        target = target.repeat_interleave(4)
-        kept = losses.selective_mask(scores, target, ratio)
-        assert bench.published_kept(scores, target, ratio).tolist() == kept.nonzero().flatten().tolist()
-
-
-def test_the_published_ss_loss_equals_that_of_losses():
-    embedding = outputs()[0][3]
-    loss, logged = bench.published_ss_loss(embedding)
-    expected, similarity = losses.ss_head_loss(embedding)
-    torch.testing.assert_close(loss, expected)
-    torch.testing.assert_close(bench.published_similarity(embedding), similarity)
-    own = losses.own_image(len(similarity), similarity.device)
-    assert logged["ss_acc"] == utils.accuracy(similarity, own)
-
-
-def test_the_published_views_share_their_flip_and_are_rotations():
-    images = bench.make_images(8, TINY.device)
-    x, target = next(bench.published_batches(images, 8, train=False))
-    expected, labels = next(images.test_batches(8, 4))
-    assert x.shape == (32, 3, 32, 32)
-    assert x.is_contiguous()
-    torch.testing.assert_close(x, expected.contiguous(), rtol=0, atol=1e-5)
-    assert torch.equal(target, labels)
-
-    # an image that tells left from right: whichever crop, flipped views rise towards the left
-    ramp = torch.arange(32, dtype=torch.uint8).mul(4).add(100).view(1, 1, 32, 1).expand(40, 32, 32, 3).contiguous()
-    images = cifar.Images(ramp, torch.zeros(40, dtype=torch.long), bench.STATISTICS, "cpu")
-    x, _ = next(bench.published_batches(images, 40))
-    upright = torch.stack([torch.rot90(view, -k, (2, 3)) for k, view in enumerate(x.view(40, 4, 3, 32, 32).unbind(1))])
-    flipped = upright[:, :, 0, 16, 20] < upright[:, :, 0, 16, 10]
-    assert torch.equal(flipped.all(0), flipped.any(0))  # the four views of an image agree …
-    assert 0 < flipped[0].sum() < 40  # … and images differ
 
 
 def test_unequal_work_is_refused(monkeypatch):

@@ -1,0 +1,150 @@
+"""The published pipeline of SSKD, written anew: the oracle of tests, and the slow side of the benchmark.
+
+Four PIL views an image, made one by one through a DataLoader; cosine similarity of expanded tensors; selective transfer
+by sorting and `nonzero`; a graph through the frozen teacher, then detached; float32, contiguous; SGD one parameter at a
+time; every figure of every step read back with `.item()`. Networks are wrappers, as in wrapper.py.
+
+It departs from the published code in two things: its sorts are stable, or ties would keep other rows; and `random`
+draws the flips, since a DataLoader seeds it for each worker. It shares no code with what is compared with it.
+"""
+
+import random
+from collections.abc import Iterable, Iterator
+from itertools import chain, count
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+
+VIEWS = 4
+
+
+class Views(Dataset):
+    """The views of each image, made on the host: (4, 3, 32, 32) float32 and the label.
+
+    From pixels (N, 32, 32, 3) uint8, labels (N,), and the mean and deviation of the channels.
+    """
+
+    def __init__(self, pixels: np.ndarray | Tensor, labels: np.ndarray | Tensor, statistics: tuple, train: bool):
+        self.pixels, self.labels, self.train = np.asarray(pixels), labels.tolist(), train
+        crop = [transforms.RandomCrop(32, padding=4)] if train else []
+        self.transform = transforms.Compose([*crop, transforms.ToTensor(), transforms.Normalize(*statistics)])
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+        image = Image.fromarray(self.pixels[i])
+        if self.train and random.random() < 0.5:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        turned = [Image.fromarray(np.rot90(np.asarray(image), k)) for k in range(VIEWS)]
+        return torch.stack([self.transform(view) for view in turned]), self.labels[i]
+
+
+def batches(views: Views, batch: int, device: torch.device | str = "cpu", workers: int = 0) -> Iterator:
+    """Epoch after epoch of views (4B, 3, 32, 32), the view fastest, and labels (B,)."""
+    loader = DataLoader(views, batch, shuffle=views.train, num_workers=workers)
+    for x, target in chain.from_iterable(loader for _ in count()):
+        yield x.flatten(0, 1).to(device), target.to(device)
+
+
+def split(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(4B, …) → normal (B, …), rotated (3B, …)."""
+    rotated = torch.arange(len(x), device=x.device) % VIEWS != 0
+    return x[~rotated], x[rotated]
+
+
+def similarity(embedding: Tensor) -> Tensor:
+    """(4B, D) → (3B, B), through tensors of 3B × D × B."""
+    normal, rotated = split(embedding)
+    pairs = (len(rotated), embedding.shape[1], len(normal))
+    return F.cosine_similarity(rotated.unsqueeze(2).expand(pairs), normal.t().unsqueeze(0).expand(pairs), dim=1)
+
+
+def positives(similarities: Tensor) -> Tensor:
+    """(3B, B) → (3B,): the column of the rotated view's own image."""
+    return torch.arange(similarities.shape[1], device=similarities.device).repeat_interleave(VIEWS - 1)
+
+
+def kept(scores: Tensor, target: Tensor, ratio: float) -> Tensor:
+    """The indices, increasing, of the rows of (N, C) that selective transfer keeps."""
+    order = scores.argsort(dim=1, descending=True, stable=True)
+    rank = (order == target.unsqueeze(1)).long().argmax(1)
+    wrong = torch.nonzero(rank).numel()  # a sync point
+    return rank.argsort(stable=True)[: len(rank) - wrong + int(wrong * ratio)].sort()[0]
+
+
+def kl(s_logits: Tensor, t_logits: Tensor, T: float) -> Tensor:
+    """T² · KL(teacher ‖ student), averaged over the rows; NaN if there is none."""
+    return F.kl_div(F.log_softmax(s_logits / T, 1), F.softmax(t_logits / T, 1), reduction="batchmean") * T * T
+
+
+def terms(
+    s_logits: Tensor,
+    t_logits: Tensor,
+    s_embedding: Tensor,
+    t_embedding: Tensor,
+    target: Tensor,
+    *,
+    kd_T: float = 4.0,
+    tf_T: float = 4.0,
+    ss_T: float = 0.5,
+    ratio_tf: float = 1.0,
+    ratio_ss: float = 0.75,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """ce, kd, tf and ss, unweighted; the teacher's side is detached when its graph is already built."""
+    s_normal, s_rotated = split(s_logits)
+    t_normal, t_rotated = (x.detach() for x in split(t_logits))
+    s_similarity, t_similarity = similarity(s_embedding), similarity(t_embedding).detach()
+    tf_kept = kept(t_rotated, target.repeat_interleave(VIEWS - 1), ratio_tf)
+    ss_kept = kept(t_similarity, positives(t_similarity), ratio_ss)
+    ce, kd = F.cross_entropy(s_normal, target), kl(s_normal, t_normal, kd_T)
+    tf, ss = kl(s_rotated[tf_kept], t_rotated[tf_kept], tf_T), kl(s_similarity[ss_kept], t_similarity[ss_kept], ss_T)
+    return ce, kd, tf, ss
+
+
+def total(ce: Tensor, kd: Tensor, tf: Tensor, ss: Tensor) -> Tensor:
+    return 0.1 * ce + 0.9 * kd + 2.7 * tf + 10.0 * ss
+
+
+def accuracy(scores: Tensor, target: Tensor) -> Tensor:
+    """Share of the rows of (N, C) whose highest column is the target, in percent."""
+    return (scores.argmax(1) == target).float().mean() * 100
+
+
+def loss(teacher: nn.Module, student: nn.Module, x: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """The student's loss on a batch, and the figures to log."""
+    t_logits, t_embedding, _ = teacher(x)  # with a graph that nothing needs
+    s_logits, s_embedding, _ = student(x)
+    ce, kd, tf, ss = terms(s_logits, t_logits, s_embedding, t_embedding, target)
+    figures = {"ce_loss": ce, "kd_loss": kd, "tf_loss": tf, "ss_loss": ss}
+    return total(ce, kd, tf, ss), figures | {"cls_acc": accuracy(split(s_logits)[0], target)}
+
+
+def ss_head_loss(teacher: nn.Module, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of the teacher's SS head on a batch, and the figures to log."""
+    features, _ = teacher.backbone(x, is_feat=True)  # with a graph that nothing needs
+    similarities = similarity(teacher.proj_head(features[-1].detach()))
+    target = positives(similarities)
+    loss = F.cross_entropy(similarities, target)
+    return loss, {"teacher_ssp_loss": loss, "teacher_ssp_acc": accuracy(similarities, target)}
+
+
+def sgd(parameters: Iterable[nn.Parameter], lr: float = 0.05) -> torch.optim.SGD:
+    return torch.optim.SGD(parameters, lr, momentum=0.9, weight_decay=5e-4, foreach=False, fused=False)
+
+
+def step(optimizer: torch.optim.SGD, loss: Tensor, figures: dict[str, Tensor]) -> dict[str, float]:
+    """One update; gives the figures as numbers."""
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return read(figures)
+
+
+def read(figures: dict[str, Tensor]) -> dict[str, float]:
+    return {name: figure.item() for name, figure in figures.items()}  # a sync point each

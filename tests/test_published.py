@@ -1,0 +1,179 @@
+"""experiments/published.py against the golden figures, NumPy and losses.py: only a baseline that is right is worth a
+comparison, and only one that does the published work."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from oracle import GOLDEN, Operations, fill, golden_inputs, golden_settings, random_inputs, trajectory_batch
+from torch import nn
+
+import losses
+import models
+from experiments import published
+from wrapper import Wrapper
+
+STATISTICS = ((0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
+
+
+@pytest.mark.parametrize("case", GOLDEN["losses"], ids=lambda case: f"B{case['batch']}")
+def test_terms_gradients_and_rows_kept_equal_the_golden_figures(case):
+    tensors, target = golden_inputs(case)
+    s_logits, t_logits, s_embedding, t_embedding = (x.requires_grad_() for x in tensors)
+    terms = published.terms(*tensors, target, **golden_settings(case))
+    expected = [case[name] for name in ("ce", "kd", "tf", "ss")]
+    assert [term.item() for term in terms] == pytest.approx(expected, rel=1e-5)
+    total = published.total(*terms)
+    assert total.item() == pytest.approx(case["total"], rel=1e-5)
+    total.backward()
+    assert s_logits.grad.norm().item() == pytest.approx(case["grad_logits_l2"], rel=1e-4)
+    assert s_embedding.grad.norm().item() == pytest.approx(case["grad_embedding_l2"], rel=1e-4)
+    assert t_logits.grad is None and t_embedding.grad is None
+
+    _, rotated = published.split(t_logits)
+    assert published.kept(rotated, target.repeat_interleave(3), case["ratio_tf"]).tolist() == case["kept_tf"]
+    similarity = published.similarity(t_embedding)
+    assert published.kept(similarity, published.positives(similarity), case["ratio_ss"]).tolist() == case["kept_ss"]
+
+
+def test_both_training_steps_follow_the_golden_trajectories():
+    case = GOLDEN["ss_head_trajectory"]
+    x, target = trajectory_batch(case)
+    x = x.float()  # the figures are float64's: what follows is as close as rounding lets it be
+    teacher = fill(Wrapper(models.model_dict[case["teacher"]]()), case["fill_base"])
+    for module in teacher.modules():
+        if isinstance(module, nn.BatchNorm2d):  # one pass over the batch is then worth all the warm-up passes
+            module.momentum = 1 - 0.9 ** case["bn_warmup_passes"]
+    with torch.no_grad():
+        teacher.train()(x)
+    teacher.eval()
+    optimizer = published.sgd(teacher.proj_head.parameters())
+    for expected in case["steps"]:
+        figures = published.step(optimizer, *published.ss_head_loss(teacher, x))
+        assert list(figures.values()) == pytest.approx(expected, rel=1e-5)
+
+    case = GOLDEN["student_trajectory"]
+    student = fill(Wrapper(models.model_dict[case["student"]]()), case["student_fill_base"]).train()
+    optimizer = published.sgd(student.parameters())
+    for *terms, total in case["steps"]:
+        loss, figures = published.loss(teacher, student, x, target)
+        assert loss.item() == pytest.approx(total, rel=1e-4)
+        figures = published.step(optimizer, loss, figures)
+        assert [figures[f"{name}_loss"] for name in ("ce", "kd", "tf", "ss")] == pytest.approx(terms, rel=5e-4)
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.3, 0.75, 1.0])
+@pytest.mark.parametrize("seed", range(5))
+def test_the_rows_kept_are_those_of_losses(seed, ratio):
+    (_, scores, _, _), target = random_inputs(seed)
+    target = target.repeat_interleave(4)
+    mask = losses.selective_mask(scores, target, ratio)
+    assert published.kept(scores, target, ratio).tolist() == mask.nonzero().flatten().tolist()
+
+
+def networks():
+    """Teacher and student of random weights, views of 6 images, labels."""
+    torch.manual_seed(0)
+    teacher, student = Wrapper(models.model_dict["resnet8"]()).eval(), Wrapper(models.model_dict["resnet8"]())
+    return teacher, student, torch.randn(24, 3, 32, 32), torch.randint(100, (6,))
+
+
+def test_the_loss_of_the_ss_head_and_its_gradients_equal_those_of_losses():
+    teacher, _, x, _ = networks()
+    _, embedding, _ = teacher(x, bb_grad=False)
+    expected, similarity = losses.ss_head_loss(embedding)
+    loss, figures = published.ss_head_loss(teacher, x)
+    torch.testing.assert_close(loss, expected)
+    right = np.argmax(similarity.detach().numpy(), 1) == np.arange(18) // 3
+    assert published.read(figures) == pytest.approx(
+        {"teacher_ssp_loss": expected.item(), "teacher_ssp_acc": 100 * right.mean()}
+    )
+    head = list(teacher.proj_head.parameters())
+    gradients = [torch.autograd.grad(x, head) for x in (loss, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
+
+
+def test_the_accuracy_is_that_of_the_students_normal_views():
+    teacher, student, x, target = networks()
+    logits, _, _ = student.eval()(x)
+    target[:4] = logits[::4].argmax(1)[:4]  # right for four of the six
+    target[4:] = logits[::4].argmin(1)[4:]
+    _, figures = published.loss(teacher, student, x, target)
+    assert published.read(figures)["cls_acc"] == pytest.approx(100 * 4 / 6)
+
+
+def test_the_frozen_teacher_builds_a_graph_that_is_then_detached():
+    teacher, student, x, target = networks()
+    graphs = []
+    teacher.backbone.register_forward_hook(lambda module, x, output: graphs.append(output[1].requires_grad))
+    loss, _ = published.loss(teacher, student, x, target)
+    loss.backward()
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+    loss, _ = published.ss_head_loss(teacher, x)
+    loss.backward()
+    assert all(parameter.grad is None for parameter in teacher.backbone.parameters())
+    assert graphs == [True, True]
+
+
+def test_a_step_makes_the_tensor_of_all_pairs_and_asks_the_device_for_every_figure():
+    teacher, student, x, target = networks()
+    optimizer = published.sgd(student.parameters())
+    with Operations() as seen:
+        figures = published.step(optimizer, *published.loss(teacher, student, x, target))
+    assert list(figures) == ["ce_loss", "kd_loss", "tf_loss", "ss_loss", "cls_acc"]
+    assert all(isinstance(figure, float) for figure in figures.values())
+    assert {"nonzero", "_local_scalar_dense"} <= seen.names
+    assert not any("_foreach" in name or "_fused" in name for name in seen.names)
+    with Operations() as seen:
+        published.similarity(torch.randn(24, 64))
+    assert seen.largest == 18 * 64 * 6
+
+
+def test_the_views_of_the_test_set_are_the_four_rotations():
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3), dtype=np.uint8)
+    x, target = next(published.batches(published.Views(pixels, np.arange(5), STATISTICS, train=False), 5))
+    assert target.tolist() == [0, 1, 2, 3, 4]
+    assert x.dtype == torch.float32
+    assert x.is_contiguous()
+    mean, std = np.array(STATISTICS)
+    for row, view in enumerate(x.permute(0, 2, 3, 1).numpy()):
+        expected = (np.rot90(pixels[row // 4], row % 4) / 255 - mean) / std
+        np.testing.assert_allclose(view, expected, atol=1e-5)
+
+
+def test_the_views_of_training_share_their_flip_and_have_each_a_crop_of_its_own():
+    torch.manual_seed(0)
+    random.seed(0)
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), dtype=np.uint8)
+    views = published.Views(torch.from_numpy(pixels), torch.arange(8), STATISTICS, train=True)
+    x, target = next(published.batches(views, 8))
+    mean, std = np.array(STATISTICS)
+    shown = np.rint((x.permute(0, 2, 3, 1).numpy() * std + mean) * 255)
+    flips, crops = [], []
+    for i, view in enumerate(shown):
+        image = pixels[target[i // 4]]
+        found = []
+        for flip, flipped in enumerate((image, image[:, ::-1])):
+            padded = np.pad(np.rot90(flipped, i % 4), ((4, 4), (4, 4), (0, 0)))  # black
+            for top, left in np.ndindex(9, 9):
+                if (view == padded[top : top + 32, left : left + 32]).all():
+                    found.append((flip, top, left))
+        ((flip, top, left),) = found
+        flips.append(flip)
+        crops.append((top, left))
+    assert flips == np.repeat(flips[::4], 4).tolist()
+    assert set(flips) == {0, 1}
+    assert all(len(set(crops[i : i + 4])) > 1 for i in range(0, 32, 4))
+    assert {0, 8} <= set(np.ravel(crops).tolist())
+
+
+def test_batches_go_on_for_ever_and_show_every_image_once_an_epoch():
+    torch.manual_seed(0)
+    views = published.Views(np.zeros((5, 32, 32, 3), np.uint8), np.arange(5), STATISTICS, train=True)
+    found = published.batches(views, 2)
+    epochs = [[next(found)[1].tolist() for _ in range(3)] for _ in range(3)]
+    for epoch in epochs:
+        assert [len(target) for target in epoch] == [2, 2, 1]
+        assert sorted(sum(epoch, [])) == [0, 1, 2, 3, 4]
+    assert epochs[0] != epochs[1] or epochs[1] != epochs[2]
