@@ -1,10 +1,13 @@
-"""The four terms of SSKD as pure functions on tensors (Xu et al., ECCV 2020, section 3).
+"""The four terms of SSKD as pure functions on tensors (Xu et al., ECCV 2020; numbers of equations: arXiv 2006.07114).
 
-Every image of a batch of B is seen as V = 4 views, rotated by 0, 90, 180 and 270 degrees, stored view-fastest: rows
-0, 4, 8, … of a (4B, …) tensor are the unrotated ("normal") images, the other 3B the rotated ones, three to an image.
+    L = λ1 L_ce + λ2 L_kd + λ3 L_ss + λ4 L_T        (eq. 8; L_T is called tf here)
 
-Nothing here has a shape that depends on values, and nothing asks the device for a number: a step traces as one graph
-and never makes the GPU wait for the host. Half-precision inputs are raised to float32 before any softmax or cosine.
+Each of a batch's B images is seen as 4 views: a `normal` one and three `rotated` by 90, 180 and 270 degrees. Tensors
+are (4B, …) with the view fastest: rows 0, 4, 8, … are the normal views. The positive of a rotated view is the normal
+view of its own image.
+
+No shape depends on values and nothing asks the device for a number: a step traces as one graph, and the GPU never
+waits for the host. Half-precision inputs are raised to float32 first; float64 stays.
 """
 
 from typing import NamedTuple
@@ -17,7 +20,7 @@ VIEWS = 4
 
 
 class SSKDTerms(NamedTuple):
-    """The unweighted terms of the student's loss (section 3.2, "Learning SSKD"); each a scalar, in nats."""
+    """The terms of eq. 8 without their weights λ; each a scalar, in nats."""
 
     ce: Tensor
     kd: Tensor
@@ -25,37 +28,32 @@ class SSKDTerms(NamedTuple):
     ss: Tensor
 
 
-def _full(x: Tensor) -> Tensor:
+def _at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def split_views(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(4B, …) → the B unrotated rows and the 3B rotated rows."""
+    """(4B, …) → normal (B, …), rotated (3B, …)."""
     # split rather than indexed: its gradient is one concatenation, not two tensors of zeros to add up
-    unrotated, rotated = x.unflatten(0, (-1, VIEWS)).split([1, VIEWS - 1], dim=1)
-    return unrotated.flatten(0, 1), rotated.flatten(0, 1)
-
-
-def per_rotated(x: Tensor) -> Tensor:
-    """(B,) values of the images → (3B,), one for each of their rotated views."""
-    return x.unsqueeze(1).expand(-1, VIEWS - 1).flatten()
-
-
-def own_image(rows: int, device: torch.device) -> Tensor:
-    """(3B,): the column of a similarity matrix with `rows` = 3B rows that each rotated view should find."""
-    return per_rotated(torch.arange(rows // (VIEWS - 1), device=device))
+    normal, rotated = x.unflatten(0, (-1, VIEWS)).split([1, VIEWS - 1], dim=1)
+    return normal.flatten(0, 1), rotated.flatten(0, 1)
 
 
 def similarity_matrix(embedding: Tensor) -> Tensor:
-    """Cosine similarity of every rotated view to every unrotated image (section 3.1, the matrix A).
+    """Cosine similarity of every rotated view with every normal view (section 3.1, the matrix A).
 
-    (4B, D) → (3B, B) in [-1, 1]. One matrix product, not the 3B × D × B tensor of all pairs; lengths are divided out
-    of the product, not of the wider embeddings.
+    (4B, D) → (3B, B) in [-1, 1]. One matrix product, not the 3B × D × B tensor of all pairs; the lengths are divided
+    out of the product, not of the wider embeddings.
     """
-    embedding = _full(embedding)
-    unrotated, rotated = split_views(embedding)
-    length, rotated_length = split_views(torch.linalg.vector_norm(embedding, dim=1).clamp(min=1e-8))
-    return rotated @ unrotated.T / (rotated_length.unsqueeze(1) * length)
+    embedding = _at_least_float32(embedding)
+    normal, rotated = split_views(embedding)
+    normal_length, rotated_length = split_views(torch.linalg.vector_norm(embedding, dim=1).clamp(min=1e-8))
+    return rotated @ normal.T / (rotated_length.unsqueeze(1) * normal_length)
+
+
+def positives(similarity: Tensor) -> Tensor:
+    """The column of each rotated view's positive in a similarity matrix: (3B, B) → (3B,), which is 0, 0, 0, 1, 1, …"""
+    return torch.arange(similarity.shape[1], device=similarity.device).repeat_interleave(VIEWS - 1)
 
 
 def selective_mask(scores: Tensor, target: Tensor, ratio: float) -> Tensor:
@@ -65,8 +63,8 @@ def selective_mask(scores: Tensor, target: Tensor, ratio: float) -> Tensor:
     int(W · ratio) that rank their target best; equal ranks go to the lower row.
 
     Args:
-        scores: (N, C) teacher logits or similarities. Equal scores rank in the order of their columns.
-        target: (N,) true columns.
+        scores: (N, C) logits or similarities of the teacher. Equal scores rank in the order of their columns.
+        target: (N,) true columns: labels or positives.
         ratio: share of the wrong rows that is kept, in [0, 1].
 
     Returns:
@@ -77,7 +75,7 @@ def selective_mask(scores: Tensor, target: Tensor, ratio: float) -> Tensor:
     target = target.unsqueeze(1)
     of_target = scores.gather(1, target)
     before = torch.arange(scores.shape[1], device=scores.device) < target
-    rank = torch.where(before, scores >= of_target, scores > of_target).sum(1)  # error level: 0 is correct
+    rank = torch.where(before, scores >= of_target, scores > of_target).sum(1)  # the error level: 0 is correct
     wrong = (rank > 0).sum()
     # W · ratio is Python's product only in float64, which Apple's MPS does not have
     precise = torch.float32 if scores.device.type == "mps" else torch.float64
@@ -86,11 +84,10 @@ def selective_mask(scores: Tensor, target: Tensor, ratio: float) -> Tensor:
     return position < kept
 
 
-def _kl_rows(s_logits: Tensor, t_logits: Tensor, temperature: Tensor | float) -> Tensor:
-    """KL(softmax(teacher / T) ‖ softmax(student / T)) along the last dimension: (…, C), (…, C) → (…)."""
-    s_log = F.log_softmax(s_logits / temperature, dim=-1)
-    t_log = F.log_softmax(t_logits / temperature, dim=-1)
-    return F.kl_div(s_log, t_log, reduction="none", log_target=True).sum(-1)
+def _kl_rows(s_logits: Tensor, t_logits: Tensor, T: float) -> Tensor:
+    """KL(teacher ‖ student) of each row's softmax(logits / T): (N, C), (N, C) → (N,)."""
+    s_log, t_log = F.log_softmax(s_logits / T, dim=1), F.log_softmax(t_logits / T, dim=1)
+    return F.kl_div(s_log, t_log, reduction="none", log_target=True).sum(1)
 
 
 def _mean_kept(rows: Tensor, kept: Tensor) -> Tensor:
@@ -99,16 +96,18 @@ def _mean_kept(rows: Tensor, kept: Tensor) -> Tensor:
 
 
 def ss_head_loss(embedding: Tensor) -> tuple[Tensor, Tensor]:
-    """The contrastive task that trains the teacher's SS head (section 3.1): find your own image in the batch.
+    """The contrastive task of the teacher's SS head (section 3.1, eq. 5): find each rotated view's positive.
+
+    It trains the head alone: the features come to it without a graph (Wrapper's `bb_grad=False`), so gradients stop.
 
     Args:
         embedding: (4B, D) output of the head.
 
     Returns:
-        Cross-entropy of each similarity row against the row's own image (scalar), and the (3B, B) similarities.
+        Cross-entropy of the similarity rows with their positives (a scalar; no temperature), and the similarities.
     """
     similarity = similarity_matrix(embedding)
-    return F.cross_entropy(similarity, own_image(len(similarity), similarity.device)), similarity
+    return F.cross_entropy(similarity, positives(similarity)), similarity
 
 
 def sskd_terms(
@@ -124,14 +123,15 @@ def sskd_terms(
     ratio_tf: float = 1.0,
     ratio_ss: float = 0.75,
 ) -> SSKDTerms:
-    """The four unweighted terms of the student's loss (section 3.2).
+    """The four unweighted terms of the student's loss (section 3.2; selective transfer, section 3.3).
 
-        ce = cross-entropy of the student on the unrotated images
-        kd = T² · KL(teacher ‖ student) of the logits of the unrotated images
-        tf = the same on the rotated images ("T-SS"), over the rows that selective transfer keeps
-        ss = T² · KL(teacher ‖ student) of softmax(similarity row / T), over the rows that it keeps
+        λ1 L_ce  ce = cross-entropy of the student's logits of normal views with the labels
+        λ2 L_kd  kd = T² · KL(teacher ‖ student) of the logits of normal views
+        λ4 L_T   tf = T² · KL(teacher ‖ student) of the logits of rotated views; rows kept by selective transfer
+        λ3 L_ss  ss = T² · KL(teacher ‖ student) of the similarity matrix; rows kept by selective transfer
 
-    Each KL is summed over its columns and averaged over its (kept) rows; a term with no kept row is 0.
+    KL compares softmax(row / T): summed over the columns, averaged over the (kept) rows, 0 if no row is kept.
+    Gradients reach the student, its SS head included; the teacher's tensors come without a graph.
 
     Args:
         s_logits, t_logits: (4B, C) of student and teacher.
@@ -140,18 +140,14 @@ def sskd_terms(
         kd_T, tf_T, ss_T: temperatures, positive.
         ratio_tf, ratio_ss: share of the teacher's wrong rows that is kept, in [0, 1].
     """
-    s_logits, t_logits = (_full(logits).unflatten(0, (-1, VIEWS)) for logits in (s_logits, t_logits))  # B x 4 x C
-    ce = F.cross_entropy(s_logits[:, 0], target)
-
-    # kd and tf are one divergence, at two temperatures: half the kernels of two
-    temperature = s_logits.new_full((VIEWS, 1), tf_T)
-    temperature[0] = kd_T
-    kl = _kl_rows(s_logits, t_logits, temperature)  # B x 4
-    kd = kl[:, 0].mean() * kd_T**2
-    kept = selective_mask(t_logits[:, 1:].flatten(0, 1), per_rotated(target), ratio_tf)
-    tf = _mean_kept(kl[:, 1:].flatten(), kept) * tf_T**2
-
+    s_normal, s_rotated = split_views(_at_least_float32(s_logits))  # B x C, 3B x C
+    t_normal, t_rotated = split_views(_at_least_float32(t_logits))
     s_similarity, t_similarity = similarity_matrix(s_embedding), similarity_matrix(t_embedding)  # 3B x B
-    kept = selective_mask(t_similarity, own_image(len(t_similarity), target.device), ratio_ss)
-    ss = _mean_kept(_kl_rows(s_similarity, t_similarity, ss_T), kept) * ss_T**2
+
+    ce = F.cross_entropy(s_normal, target)
+    kd = kd_T**2 * _kl_rows(s_normal, t_normal, kd_T).mean()
+    kept = selective_mask(t_rotated, target.repeat_interleave(VIEWS - 1), ratio_tf)
+    tf = tf_T**2 * _mean_kept(_kl_rows(s_rotated, t_rotated, tf_T), kept)
+    kept = selective_mask(t_similarity, positives(t_similarity), ratio_ss)
+    ss = ss_T**2 * _mean_kept(_kl_rows(s_similarity, t_similarity, ss_T), kept)
     return SSKDTerms(ce, kd, tf, ss)

@@ -1,29 +1,14 @@
-"""losses.py against the golden figures and against brute force."""
+"""losses.py against the golden figures, the published pipeline and brute force."""
 
 import math
 
 import numpy as np
 import pytest
 import torch
-from oracle import GOLDEN, hashed, labels
-from torch.utils._python_dispatch import TorchDispatchMode
+from oracle import GOLDEN, Operations, golden_inputs, golden_settings, random_inputs
 
 import losses
-
-TEMPERATURES = ("kd_T", "tf_T", "ss_T", "ratio_tf", "ratio_ss")
-
-
-def golden_inputs(case):
-    """Student and teacher logits, student and teacher embeddings, labels (DESIGN.md, "Golden figures")."""
-    base, batch, dim, classes = case["base"], case["batch"], case["dim"], case["classes"]
-    s_logits, t_logits = (3 * hashed(base + k, (4 * batch, classes)) for k in (0, 1))
-    s_embedding, t_embedding = (hashed(base + k, (4 * batch, dim)) for k in (2, 3))
-    target = labels(base + 4, batch, classes)
-    chosen = (hashed(base + 5, (4 * batch,)) > 0).double()
-    t_logits[torch.arange(4 * batch), target.repeat_interleave(4)] += 6 * chosen
-    pull = (hashed(base + 6, (4 * batch,)) + 1) / 2 * 1.2
-    t_embedding = t_embedding + pull[:, None] * t_embedding[::4].repeat_interleave(4, 0)
-    return [x.float() for x in (s_logits, t_logits, s_embedding, t_embedding)], target
+from experiments import published
 
 
 @pytest.fixture(params=GOLDEN["losses"], ids=lambda case: f"B{case['batch']}")
@@ -31,13 +16,11 @@ def case(request):
     return request.param
 
 
-def test_terms_and_their_gradients_equal_the_published_ones(case):
+def test_terms_and_their_gradients_equal_the_golden_figures(case):
     (s_logits, t_logits, s_embedding, t_embedding), target = golden_inputs(case)
     s_logits.requires_grad_()
     s_embedding.requires_grad_()
-    terms = losses.sskd_terms(
-        s_logits, t_logits, s_embedding, t_embedding, target, **{name: case[name] for name in TEMPERATURES}
-    )
+    terms = losses.sskd_terms(s_logits, t_logits, s_embedding, t_embedding, target, **golden_settings(case))
     assert terms._fields == ("ce", "kd", "tf", "ss")
     for name, term in terms._asdict().items():
         assert term.item() == pytest.approx(case[name], rel=1e-5), name
@@ -48,13 +31,27 @@ def test_terms_and_their_gradients_equal_the_published_ones(case):
     assert s_embedding.grad.norm().item() == pytest.approx(case["grad_embedding_l2"], rel=1e-4)
 
 
-def test_selective_transfer_keeps_the_published_rows(case):
+@pytest.mark.parametrize("dtype, rtol, atol", [(torch.float32, 1e-4, 1e-6), (torch.float64, 1e-9, 1e-13)])
+@pytest.mark.parametrize("seed", range(5))
+def test_each_term_and_its_gradients_are_those_of_the_published_pipeline(seed, dtype, rtol, atol):
+    settings = {"kd_T": 3.0, "tf_T": 5.0, "ss_T": 0.3, "ratio_tf": 0.4, "ratio_ss": 0.6} if seed % 2 else {}
+    found = []
+    for terms_of in (published.terms, losses.sskd_terms):
+        tensors, target = random_inputs(seed, dtype=dtype)
+        learnt = tensors[0].requires_grad_(), tensors[2].requires_grad_()
+        terms = terms_of(*tensors, target, **settings)
+        gradients = [torch.autograd.grad(x, learnt, retain_graph=True, materialize_grads=True) for x in terms]
+        found.append((list(terms), gradients))
+    torch.testing.assert_close(found[1], found[0], rtol=rtol, atol=atol)
+
+
+def test_selective_transfer_keeps_the_golden_rows(case):
     (_, t_logits, _, t_embedding), target = golden_inputs(case)
     _, rotated = losses.split_views(t_logits)
     kept = losses.selective_mask(rotated, target.repeat_interleave(3), case["ratio_tf"])
     assert kept.nonzero().flatten().tolist() == case["kept_tf"]
     similarity = losses.similarity_matrix(t_embedding)
-    kept = losses.selective_mask(similarity, torch.arange(case["batch"]).repeat_interleave(3), case["ratio_ss"])
+    kept = losses.selective_mask(similarity, losses.positives(similarity), case["ratio_ss"])
     assert kept.nonzero().flatten().tolist() == case["kept_ss"]
 
 
@@ -87,7 +84,7 @@ def test_the_number_of_wrong_rows_kept_is_pythons_product(wrong, ratio):
     assert kept.tolist() == [i < int(wrong * ratio) for i in range(wrong)]
 
 
-def test_similarity_is_the_cosine_of_each_rotated_view_with_each_unrotated_image():
+def test_similarity_is_the_cosine_of_each_rotated_view_with_each_normal_view():
     embedding = torch.randn(12, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     expected = np.empty((9, 3))
     for i in range(3):
@@ -98,23 +95,17 @@ def test_similarity_is_the_cosine_of_each_rotated_view_with_each_unrotated_image
     np.testing.assert_allclose(losses.similarity_matrix(embedding).numpy(), expected, rtol=1e-12)
 
 
-def test_ss_head_loss_is_cross_entropy_against_the_own_image():
+def test_ss_head_loss_is_cross_entropy_with_the_positives():
     embedding = torch.randn(20, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     loss, similarity = losses.ss_head_loss(embedding)
     rows = similarity.numpy()
     expected = np.mean([np.log(np.exp(rows[r]).sum()) - rows[r, r // 3] for r in range(15)])
     assert loss.item() == pytest.approx(expected, rel=1e-12)
-
-
-def random_inputs(batch=6, s_dim=5, t_dim=9, classes=11, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(3)
-    shapes = [(4 * batch, classes)] * 2 + [(4 * batch, s_dim), (4 * batch, t_dim)]
-    tensors = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
-    return [*tensors, torch.randint(classes, (batch,), generator=generator)]
+    assert losses.positives(similarity).tolist() == [r // 3 for r in range(15)]
 
 
 def test_a_term_without_a_kept_row_is_zero_and_has_no_gradient():
-    s_logits, t_logits, s_embedding, t_embedding, target = random_inputs()
+    (s_logits, t_logits, s_embedding, t_embedding), target = random_inputs()
     t_logits[torch.arange(24), target.repeat_interleave(4)] = -100  # the teacher is always wrong
     s_logits.requires_grad_()
     terms = losses.sskd_terms(s_logits, t_logits, s_embedding, t_embedding, target, ratio_tf=0.0)
@@ -124,7 +115,7 @@ def test_a_term_without_a_kept_row_is_zero_and_has_no_gradient():
 
 
 def test_a_dropped_row_cannot_spoil_its_term():
-    s_logits, t_logits, s_embedding, t_embedding, target = random_inputs()
+    (s_logits, t_logits, s_embedding, t_embedding), target = random_inputs()
     t_logits[torch.arange(24), target.repeat_interleave(4)] = 100
     t_logits[1, target[0]] = -100
     s_logits[1] = math.nan  # the one wrong row, which ratio 0 drops
@@ -133,43 +124,26 @@ def test_a_dropped_row_cannot_spoil_its_term():
 
 
 def test_half_precision_inputs_are_computed_in_float32():
-    half = random_inputs(dtype=torch.bfloat16)
-    full = [x.float() if x.is_floating_point() else x for x in half]
-    for a, b in zip(losses.sskd_terms(*half), losses.sskd_terms(*full), strict=True):
+    half, target = random_inputs(dtype=torch.bfloat16)
+    of_half, of_float = losses.sskd_terms(*half, target), losses.sskd_terms(*(x.float() for x in half), target)
+    for a, b in zip(of_half, of_float, strict=True):
         assert a.dtype == torch.float32
         assert a.item() == b.item()
 
 
 def test_the_terms_trace_as_one_graph():
-    inputs = random_inputs()
+    tensors, target = random_inputs()
     traced = torch.compile(losses.sskd_terms, fullgraph=True, backend="eager")
-    for a, b in zip(traced(*inputs), losses.sskd_terms(*inputs), strict=True):
+    for a, b in zip(traced(*tensors, target), losses.sskd_terms(*tensors, target), strict=True):
         assert a.item() == pytest.approx(b.item(), rel=1e-6)
-
-
-class Largest(TorchDispatchMode):
-    """Notes the operations that run and the largest tensor they make."""
-
-    def __init__(self):
-        super().__init__()
-        self.names, self.elements = set(), 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        self.names.add(func.overloadpacket.__name__)
-        for x in out if isinstance(out, tuple | list) else [out]:
-            if isinstance(x, torch.Tensor):
-                self.elements = max(self.elements, x.numel())
-        return out
 
 
 def test_the_loss_makes_no_tensor_of_all_pairs_and_never_asks_the_device():
     batch, dim = 16, 200
-    inputs = random_inputs(batch, dim, dim)
-    for x in inputs[0], inputs[2]:
+    tensors, target = random_inputs(batch=batch, s_dim=dim, t_dim=dim)
+    for x in tensors[0], tensors[2]:
         x.requires_grad_()
-    with Largest() as seen:
-        terms = losses.sskd_terms(*inputs)
-        sum(terms).backward()
-    assert seen.elements == 4 * batch * dim  # an embedding; all pairs would be 3 · 16 · 16 · 200
+    with Operations() as seen:
+        sum(losses.sskd_terms(*tensors, target, ratio_tf=0.5)).backward()
+    assert seen.largest == 4 * batch * dim  # an embedding; all pairs would be 3 · 16 · 16 · 200
     assert not seen.names & {"_local_scalar_dense", "nonzero", "item", "masked_select"}
