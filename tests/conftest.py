@@ -96,3 +96,27 @@ def fails(capsys):
 @pytest.fixture
 def entries():
     return {"teacher.py": teacher.main, "student.py": student.main}
+
+
+# Finished runs, written without training them.
+LOW_RATE = ("MobileNetV2", "ShuffleV1", "ShuffleV2")
+NO_MATTER = {"gpu_id", "data_root", "data_url", "experiments", "overwrite", "evaluate", "export"}
+NO_MATTER |= {"t_path", "t_arch", "s_path"}  # a student's config.json has the teacher's fingerprint
+START = {"command": ["-"], "commit": "0123456789ab", "python": "3.11.7", "torch": "2.14.1", "device": "cpu (x86_64)"}
+START |= {"threads": 1, "started": "2026-01-02T03:04:05+00:00"}
+
+
+def flags_of(parse_args, *words):
+    """What config.json holds for a command line."""
+    return {name: value for name, value in vars(parse_args(words)).items() if name not in NO_MATTER}
+
+
+def write_run(folder, flags, best, last, starts=(START,)):
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"flags": flags, "starts": starts}))
+    (folder / "result.json").write_text(json.dumps({"best_acc": best, "last_acc": last, "best_epoch": 1}))
+
+
+def write_teacher(root, arch, best, last, *words):
+    flags = flags_of(teacher.parse_args, "--arch", arch, "--lr", "0.01" if arch in LOW_RATE else "0.05", *words)
+    write_run(root / f"teacher_{arch}_seed{flags['seed']}", flags, best, last)

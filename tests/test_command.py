@@ -10,8 +10,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
-from test_table import LOW_RATE, write_teacher
+from conftest import LOW_RATE, ROOT, write_teacher
 
 import student
 import teacher

@@ -1,37 +1,24 @@
 """experiments/table.py, and the study's page that it fills."""
 
+import errno
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import LOW_RATE, ROOT, START, flags_of, write_run, write_teacher
 
 import student
 import teacher
 from experiments import table
-from utils.run import HARMLESS
 
-LOW_RATE = ("MobileNetV2", "ShuffleV1", "ShuffleV2")
-
-
-def flags_of(parse_args, *words):
-    """What config.json holds for a command line."""
-    return {name: value for name, value in vars(parse_args(words)).items() if name not in HARMLESS}
-
-
-def write_run(folder, flags, best, last):
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps({"flags": flags}))
-    (folder / "result.json").write_text(json.dumps({"best_acc": best, "last_acc": last, "best_epoch": 1}))
-
-
-def write_teacher(root, arch, best, last, *words):
-    flags = flags_of(teacher.parse_args, "--arch", arch, "--lr", "0.01" if arch in LOW_RATE else "0.05", *words)
-    write_run(root / f"teacher_{arch}_seed{flags['seed']}", flags, best, last)
+SYNTHETIC = ("--dataset", "synthetic")
+STUDY = ROOT / "experiments" / "fashion_mnist.jsonl"
+PAGE = ROOT / "experiments" / "README.md"
 
 
 def write_student(root, pair, best, last, *words):
@@ -68,7 +55,7 @@ def test_the_published_flags_are_the_defaults_of_the_scripts():
         assert table.kind_of(flags, "") == table.Kind("", arch, "alone")
     flags = flags_of(student.parse_args, "--t-path", "-", "--s-arch", "resnet8")
     assert table.kind_of(flags, "x_seed0_teacher_vgg13") == table.Kind("vgg13", "resnet8", "SSKD")
-    assert set(table.COMMON) | set(table.STUDENT) <= set(flags)
+    assert set(table.COMMON | table.KD | table.TF | table.SS) <= set(flags)
 
 
 def test_table_has_mean_and_deviation_over_seeds(tmp_path, capsys):
@@ -165,23 +152,271 @@ def test_flags_of_students_only_do_not_part_them_from_their_teachers(tmp_path, c
     assert "Similar" not in printed
 
 
+def test_numbers_sort_as_numbers(tmp_path, capsys):
+    for arch in ("resnet20", "resnet8", "resnet110"):
+        write_teacher(tmp_path, arch, 1, 1, *SYNTHETIC)
+    for weight in ("10", "9", "2.5"):
+        write_student(tmp_path / weight, ("vgg13", "resnet8"), 1, 1, *SYNTHETIC, "--kd-weight", weight)
+    for share in ("0.5", "0.25", "0.125"):
+        write_teacher(tmp_path / share, "resnet8", 1, 1, *SYNTHETIC, "--few-shot", share)
+    write_teacher(tmp_path / "weight decay", "resnet8", 1, 1, *SYNTHETIC, "--weight-decay", "0.00001")
+    write_teacher(tmp_path / "more weight decay", "resnet8", 1, 1, *SYNTHETIC, "--weight-decay", "0.001")
+    printed = show(capsys, tmp_path, *SYNTHETIC)
+    assert re.findall(r"(resnet\d+) +–", printed.partition("few-shot")[0]) == ["resnet8", "resnet20", "resnet110"]
+    assert re.findall(r"--kd-weight (\S+)", printed) == ["2.5", "9.0", "10.0"]
+    assert re.findall(r"--few-shot (\S+)", printed) == ["0.125", "0.25", "0.5"]
+    assert re.findall(r"--weight-decay (\S+)", printed) == ["1e-05", "0.001"]
+
+
+def test_runs_on_other_data_sets_are_told_where_there_are_none_of_the_asked(tmp_path, capsys):
+    write_teacher(tmp_path, "resnet8", 1, 1, *SYNTHETIC)
+    write_teacher(tmp_path, "resnet14", 1, 1, "--dataset", "fashion_mnist")
+    write_teacher(tmp_path, "resnet20", 1, 1, "--dataset", "fashion_mnist")
+    told = ["2 runs on fashion_mnist: --dataset fashion_mnist", "1 run on synthetic: --dataset synthetic"]
+    assert show(capsys, tmp_path).splitlines()[-3:] == [f"no finished run on cifar100 in {tmp_path}", *told]
+    assert "no finished run" not in show(capsys, tmp_path, *SYNTHETIC)
+
+
+# ------------------------------------------------------------------------------------------------------------- records
+
+
+def write_several(root):
+    """Two seeds of a teacher and its student, and a run in another setting."""
+    for seed in ("0", "1"):
+        write_teacher(root, "vgg13", 75.5 + int(seed), 75.25, "--seed", seed)
+        write_student(root, ("vgg13", "vgg8"), 74 - int(seed), 73.1, "--seed", seed)
+    write_teacher(root, "vgg8", 12.5, 12, *SYNTHETIC)
+
+
+def records(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_a_record_shows_the_same_tables_as_its_run_folders(tmp_path, capsys):
+    runs, file = tmp_path / "runs", tmp_path / "study.jsonl"
+    write_several(runs)
+    assert show(capsys, "--record", file, runs) == f"{file} has 5 line(s), 5 of them of runs found now\n"
+    for words in ([], ["--markdown"], SYNTHETIC):
+        assert show(capsys, file, *words).replace(str(file), str(runs)) == show(capsys, runs, *words)
+    order = ["teacher_vgg13_seed0", "teacher_vgg13_seed1"]
+    order += [f"sskd_student_vgg8_weight2.7+10.0_seed{seed}_teacher_vgg13_seed{seed}" for seed in (0, 1)]
+    assert [record["run"] for record in records(file)] == [*order, "teacher_vgg8_seed0"]
+    assert list(tmp_path.glob("*part*")) == []
+
+
+def test_a_record_says_what_was_run_and_where(tmp_path, capsys):
+    flags = flags_of(teacher.parse_args, "--arch", "vgg8")
+    write_run(tmp_path / "runs" / "teacher_vgg8_seed0", flags, 70.5, 70)
+    show(capsys, "--record", tmp_path / "study.jsonl", tmp_path / "runs")
+    (record,) = records(tmp_path / "study.jsonl")
+    assert list(record.items()) == [
+        ("run", "teacher_vgg8_seed0"),
+        ("flags", flags),
+        ("commit", "0123456789ab"),
+        ("versions", {"python": "3.11.7", "torch": "2.14.1"}),
+        ("device", "cpu (x86_64)"),
+        ("threads", 1),
+        ("started", "2026-01-02T03:04:05+00:00"),
+        ("result", {"best_acc": 70.5, "last_acc": 70, "best_epoch": 1}),
+    ]
+
+
+def test_a_record_keeps_the_later_starts_at_which_something_else_ran(tmp_path, capsys):
+    resumed = START | {"started": "2026-02-03T04:05:06+00:00", "command": ["other"]}
+    other = {"commit": None, "torch": "2.15.0", "device": "cuda:0 (NVIDIA H100)", "threads": 2}
+    changed = [resumed | {name: value} for name, value in other.items()]
+    del changed[0]["commit"]  # started from a folder without git
+    flags = flags_of(teacher.parse_args, "--arch", "vgg8")
+    write_run(tmp_path / "runs" / "teacher_vgg8_seed0", flags, 70.5, 70, [START, resumed, *changed, resumed])
+    show(capsys, "--record", tmp_path / "study.jsonl", tmp_path / "runs")
+    (record,) = records(tmp_path / "study.jsonl")
+    assert (record["commit"], record["started"]) == (START["commit"], START["started"])
+    kept = [
+        {name: start[name] for name in ("commit", "device", "threads")} | {"torch": start["versions"]["torch"]}
+        for start in record["starts"]
+    ]
+    assert kept == [{name: START[name] for name in other} | {name: value} for name, value in other.items()]
+    assert {start["started"] for start in record["starts"]} == {resumed["started"]}
+
+
+def test_run_folders_from_before_several_starts_were_noted_are_read_too(tmp_path, capsys):
+    write_teacher(tmp_path / "new", "vgg8", 70.5, 70)
+    write_teacher(tmp_path / "old", "vgg8", 70.5, 70)
+    config = tmp_path / "old" / "teacher_vgg8_seed0" / "config.json"
+    config.write_text(json.dumps({"flags": json.loads(config.read_text())["flags"]} | START))
+    assert show(capsys, tmp_path / "old") == show(capsys, tmp_path / "new")
+    for name in ("old", "new"):
+        show(capsys, "--record", tmp_path / f"{name}.jsonl", tmp_path / name)
+    assert records(tmp_path / "old.jsonl") == records(tmp_path / "new.jsonl")
+
+
+def test_the_run_folder_itself_may_be_named(tmp_path, capsys, monkeypatch):
+    write_student(tmp_path, ("vgg13", "vgg8"), 74, 73)
+    (run,) = tmp_path.iterdir()
+    monkeypatch.chdir(run)
+    assert cells(show(capsys, ".", "--markdown"), "SSKD", ("vgg13", "vgg8"))["here, best"] == "74.00 (1)"
+    show(capsys, "--record", tmp_path / "study.jsonl", ".")
+    assert records(tmp_path / "study.jsonl")[0]["run"] == run.name
+
+
+def test_folders_and_records_are_read_together_but_only_records_that_are_named(tmp_path, capsys):
+    write_teacher(tmp_path / "a", "vgg13", 70, 69)
+    write_teacher(tmp_path / "b", "vgg13", 72, 71, "--seed", "1")
+    write_teacher(tmp_path / "c", "vgg13", 74, 73, "--seed", "2")
+    show(capsys, "--record", tmp_path / "b" / "b.jsonl", tmp_path / "b")
+    shutil.rmtree(tmp_path / "b" / "teacher_vgg13_seed1")
+    show(capsys, "--record", tmp_path / "c.jsonl", tmp_path / "c")
+    assert "71.00 ± 1.41 (2)" in show(capsys, tmp_path / "a", tmp_path / "b" / "b.jsonl")
+    assert "72.00 ± 2.83 (2)" in show(capsys, tmp_path)  # seeds 0 and 2
+    assert "72.00 ± 2.00 (3)" in show(capsys, tmp_path, tmp_path / "b" / "b.jsonl", tmp_path / "c.jsonl")
+
+
+def test_recording_again_replaces_the_lines_of_the_runs_found_and_keeps_all_others(tmp_path, capsys):
+    file = tmp_path / "study.jsonl"
+    write_several(tmp_path / "first")
+    show(capsys, "--record", file, tmp_path / "first")
+    before = file.read_text().splitlines()
+    write_teacher(tmp_path / "second", "vgg13", 60, 59)  # the same run, made again
+    write_teacher(tmp_path / "second", "vgg13", 61, 59, "--seed", "1", "--epoch", "3")  # the same name, other flags
+    write_teacher(tmp_path / "second", "vgg13", 62, 59, "--seed", "2")
+    printed = show(capsys, "--record", file, tmp_path / "second")
+    assert printed == f"{file} has 7 line(s), 3 of them of runs found now\n"
+    after = file.read_text().splitlines()
+    assert set(before) - set(after) == {before[0]}
+    new = [record for record in records(file) if json.dumps(record) not in before]
+    reached = {(record["flags"]["seed"], record["flags"]["epoch"], record["result"]["best_acc"]) for record in new}
+    assert reached == {(0, 240, 60), (1, 3, 61), (2, 240, 62)}
+
+
+def test_a_run_that_is_found_twice_is_recorded_once_from_the_outer_folder(tmp_path, capsys):
+    file = tmp_path / "study.jsonl"
+    write_teacher(tmp_path / "runs" / "copy", "vgg13", 60, 59)
+    write_teacher(tmp_path / "runs", "vgg13", 70, 69)
+    inner = tmp_path / "runs" / "copy" / "teacher_vgg13_seed0" / "config.json"
+    config = json.loads(inner.read_text())
+    inner.write_text(json.dumps(config | {"flags": dict(reversed(config["flags"].items()))}))
+    assert show(capsys, "--record", file, tmp_path / "runs") == f"{file} has 1 line(s), 1 of them of runs found now\n"
+    assert records(file)[0]["result"]["best_acc"] == 70
+
+
+def test_recording_what_is_recorded_changes_nothing(tmp_path, capsys):
+    write_several(tmp_path / "runs")
+    show(capsys, "--record", tmp_path / "study.jsonl", tmp_path / "runs")
+    before = (tmp_path / "study.jsonl").read_bytes()
+    show(capsys, "--record", tmp_path / "study.jsonl", tmp_path / "runs")
+    show(capsys, "--record", tmp_path / "copy.jsonl", tmp_path / "study.jsonl")
+    assert (tmp_path / "study.jsonl").read_bytes() == (tmp_path / "copy.jsonl").read_bytes() == before
+
+
+def test_what_cannot_be_recorded_ends_in_one_line_and_leaves_the_file_as_it_was(tmp_path, fails):
+    file = tmp_path / "study.jsonl"
+    (tmp_path / "none").mkdir()
+    assert "no finished run" in fails(table.main, "--record", file, tmp_path / "none")
+    assert not file.exists()
+    write_teacher(tmp_path / "runs", "vgg13", 70, 69)
+    file.write_text('{"run": "a hand-made line"')
+    assert f"{file}:1" in fails(table.main, "--record", file, tmp_path / "runs")
+    assert file.read_text() == '{"run": "a hand-made line"'
+    assert "no-such-folder" in fails(table.main, "--record", tmp_path / "no-such-folder" / "a.jsonl", tmp_path / "runs")
+    assert "table.txt" in fails(table.main, "--record", tmp_path / "table.txt", tmp_path / "runs")
+    assert "nowhere" in fails(table.main, tmp_path / "nowhere")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["none", "runs", "study.jsonl"]
+
+
+def test_a_record_that_cannot_be_replaced_stays(tmp_path, fails, monkeypatch):
+    def full(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))
+
+    file = tmp_path / "study.jsonl"
+    write_teacher(tmp_path / "runs", "vgg13", 70, 69)
+    file.write_text("")
+    monkeypatch.setattr(os, "replace", full)
+    assert "No space left" in fails(table.main, "--record", file, tmp_path / "runs")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["runs", "study.jsonl"]
+
+
+# ------------------------------------------------------------------------------------------------------ what is damaged
+
+WHOLE = {
+    "run": "teacher_vgg13_seed1",
+    "flags": flags_of(teacher.parse_args, "--arch", "vgg13", "--seed", "1"),
+    "result": {"best_acc": 50, "last_acc": 49},
+}
+DAMAGED = {
+    "half a line": json.dumps(WHOLE)[:100],
+    "no object": "[1, 2]",
+    "a number": "3",
+    "nesting without end": "[" * 100_000,
+    "no UTF-8": b'{"run": "\xff"}',
+    "half a character": json.dumps(WHOLE | {"run": "\ud800"}),
+    "no flags": json.dumps(WHOLE | {"flags": None}),
+    "no network": json.dumps(WHOLE | {"flags": {"dataset": "cifar100", "seed": 1}}),
+    "a network that is no name": json.dumps(WHOLE | {"flags": WHOLE["flags"] | {"arch": [1]}}),
+    "a data set that is no name": json.dumps(WHOLE | {"flags": WHOLE["flags"] | {"dataset": {}}}),
+    "a seed that is no whole number": json.dumps(WHOLE | {"flags": WHOLE["flags"] | {"seed": 0.5}}),
+    "a flag that is no number": json.dumps(WHOLE | {"flags": WHOLE["flags"] | {"lr": float("nan")}}),
+    "a student without weights": json.dumps(WHOLE | {"flags": WHOLE["flags"] | {"s_arch": "vgg8"}}),
+    "no result": json.dumps(WHOLE | {"result": []}),
+    "NaN": json.dumps(WHOLE | {"result": {"best_acc": 50, "last_acc": float("nan")}}),
+    "Infinity": json.dumps(WHOLE | {"result": {"best_acc": float("inf"), "last_acc": 50}}),
+    "a number too large": json.dumps(WHOLE).replace('"best_acc": 50', '"best_acc": 1e999'),
+    "a text": json.dumps(WHOLE | {"result": {"best_acc": "50", "last_acc": 49}}),
+    "true": json.dumps(WHOLE | {"result": {"best_acc": True, "last_acc": 49}}),
+    "more than all": json.dumps(WHOLE | {"result": {"best_acc": 101, "last_acc": 49}}),
+    "less than none": json.dumps(WHOLE | {"result": {"best_acc": 50, "last_acc": -1}}),
+}
+
+
+@pytest.mark.parametrize("line", DAMAGED.values(), ids=DAMAGED)
+def test_a_damaged_line_is_named_and_left_out(tmp_path, capsys, line):
+    flags = WHOLE["flags"] | {"seed": 0}
+    good = json.dumps(WHOLE | {"flags": flags, "result": {"best_acc": 70, "last_acc": 69}}).encode()
+    file = tmp_path / "study.jsonl"
+    file.write_bytes(b"\n".join([good, b"", line if isinstance(line, bytes) else line.encode(), b""]))
+    table.main([str(file)])
+    printed = capsys.readouterr()
+    (error,) = printed.err.splitlines()
+    assert error.startswith(f"table.py: {file}:3 left out: ")
+    assert "70.00 (1)" in printed.out
+
+
 def test_a_damaged_run_is_named_and_left_out(tmp_path, capsys):
     write_teacher(tmp_path, "vgg13", 70, 69)
-    write_teacher(tmp_path, "vgg8", 50, 49, "--epoch", "3")
-    flags = json.loads((tmp_path / "teacher_vgg8_seed0" / "config.json").read_text())["flags"]
-    odd = json.dumps({"flags": flags | {"arch": [1], "epoch": 2}}), '{"best_acc": 1, "last_acc": 1}'
-    (tmp_path / "odd").mkdir()
-    for name, content in zip(("config.json", "result.json"), odd, strict=True):
-        (tmp_path / "odd" / name).write_text(content)
-    for name, config, result in (("a", "{", "{}"), ("b", "[]", "{}"), ("c", None, "{}"), ("d", '{"flags": {}}', "3")):
+    flags = json.dumps({"flags": flags_of(teacher.parse_args, "--arch", "vgg8")})
+    result = json.dumps({"best_acc": 50, "last_acc": 49})
+    damaged = {
+        "config cut": (flags[:50], result),
+        "config missing": (None, result),
+        "config of no object": ("[]", result),
+        "config without flags": ("{}", result),
+        "config without starts": (flags[:-1] + ', "starts": []}', result),
+        "config with odd starts": (flags[:-1] + ', "starts": [1]}', result),
+        "result cut": (flags, result[:10]),
+        "result of a number": (flags, "3"),
+        "result with NaN": (flags, result.replace("50", "NaN")),
+        "result with text": (flags, result.replace("50", '"50"')),
+        "result without last": (flags, '{"best_acc": 50}'),
+    }
+    for name, contents in damaged.items():
         (tmp_path / name).mkdir()
-        (tmp_path / name / "result.json").write_text(result)
-        if config is not None:
-            (tmp_path / name / "config.json").write_text(config)
-    table.main([str(tmp_path)])
-    printed = capsys.readouterr()
-    assert [str(tmp_path / name) in line for name, line in zip("abcd", printed.err.splitlines(), strict=True)]
-    assert "70.00 (1)" in printed.out
+        for file, content in zip(("config.json", "result.json"), contents, strict=True):
+            if content is not None:
+                (tmp_path / name / file).write_text(content)
+    for words in ([], ["--record", str(tmp_path / "study.jsonl")]):
+        table.main([str(tmp_path), *words])
+        printed = capsys.readouterr()
+        left_out = [line.partition(" left out: ")[0] for line in printed.err.splitlines()]
+        assert left_out == [f"table.py: {tmp_path / name}" for name in sorted(damaged)]
+        assert "50.00" not in printed.out
+    assert [record["result"]["best_acc"] for record in records(tmp_path / "study.jsonl")] == [70]
+
+
+# ---------------------------------------------------------------------------------------------------------- the script
+
+
+def test_the_table_starts_without_torch():
+    check = "import sys, experiments.table; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", check], cwd=ROOT).returncode == 0
 
 
 def test_a_table_that_nobody_reads_to_its_end_ends_quietly():
@@ -192,48 +427,67 @@ def test_a_table_that_nobody_reads_to_its_end_ends_quietly():
     assert done.stderr == b""
 
 
-@pytest.fixture
-def committed(tmp_path):
-    """The folder experiments/ as it was committed: a user's may hold runs of his own."""
-    archive = subprocess.run(["git", "-C", ROOT, "archive", "HEAD", "experiments"], capture_output=True)
-    if archive.returncode:
-        return ROOT / "experiments"  # not a clone
-    subprocess.run(["tar", "-x", "-C", tmp_path], input=archive.stdout, check=True)
-    return tmp_path / "experiments"
+# ---------------------------------------------------------------------------------------------------------- the study
 
 
-def test_the_studys_page_shows_what_its_results_say(committed, capsys):
-    """Every line of the tables recomputed from the committed results stands in experiments/README.md, and no other."""
-    page = (committed / "README.md").read_text().splitlines()
-    printed = show(capsys, committed / "fashion_mnist", "--dataset", "fashion_mnist", "--markdown").splitlines()
-    assert [line for line in page if line.startswith("|")] == [line for line in printed if line.startswith("|")]
+def test_the_studys_page_shows_what_its_record_says(capsys):
+    """Every line of the tables that table.py makes of the record stands in experiments/README.md, and no other."""
+    printed = show(capsys, STUDY, "--dataset", "fashion_mnist", "--markdown").splitlines()
+    page = PAGE.read_text().splitlines()
+    assert [line for line in page if line.startswith(("|", "**fashion"))] == [line for line in printed if line]
     assert len(printed) > 4
 
 
-def test_the_studys_figures_are_those_of_its_results(committed):
-    """The same, reckoned here from the files themselves and without table.py."""
+def study():
+    """{(network, method, few_shot, label_noise): [best and last accuracy of seed 0, of seed 1, …]} from the record."""
+    methods = {(0, 0): "KD", (2.7, 0): "KD + tf", (2.7, 10): "SSKD"}
     groups = {}
-    for path in (committed / "fashion_mnist").glob("*/result.json"):
-        groups.setdefault(re.sub(r"seed\d+", "", path.parent.name), []).append(json.loads(path.read_text()))
-
-    def shown(results, name):
-        values = np.array([result[name] for result in results])
-        return f"{values.mean():.2f} ± {values.std(ddof=1):.2f} ({len(values)})"
-
-    expected = [tuple(shown(results, name) for name in ("best_acc", "last_acc")) for results in groups.values()]
-    cells = r" +\| (\d\d\.\d\d ± \d\.\d\d \(\d\))"
-    assert sorted(re.findall(cells + cells, (committed / "README.md").read_text())) == sorted(expected)
+    for record in sorted(records(STUDY), key=lambda record: record["flags"]["seed"]):
+        flags, result = record["flags"], record["result"]
+        method = methods[flags["tf_weight"], flags["ss_weight"]] if "s_arch" in flags else "alone"
+        group = flags.get("s_arch") or flags["arch"], method, flags["few_shot"], flags["label_noise"]
+        groups.setdefault(group, {})[flags["seed"]] = result["best_acc"], result["last_acc"]
+    assert all(list(seeds) == [0, 1, 2, 3, 4] for seeds in groups.values())
+    return {group: np.array(list(seeds.values())) for group, seeds in groups.items()}
 
 
-def test_the_studys_gains_are_those_of_its_results(committed):
-    def best(weights, setting=""):
-        runs = f"sskd_student_*+{weights}_T*0.75{setting}_seed*/result.json"
-        paths = sorted((committed / "fashion_mnist").glob(runs))
-        return np.array([json.loads(path.read_text())["best_acc"] for path in paths])
+def test_the_studys_figures_are_those_of_its_record():
+    """The same, reckoned here from the record and without table.py."""
+    found = {}
+    for line in PAGE.read_text().splitlines():
+        if line.startswith("**"):
+            few, noise = (re.search(rf"--{flag} ([\d.]+)", line) for flag in ("few-shot", "label-noise"))
+            setting = float(few[1]) if few else 1.0, float(noise[1]) if noise else 0.0
+        elif "±" in line and line.startswith("|"):
+            network, _, method, best, last, _ = (text.strip() for text in line.strip("|").split("|"))
+            found[(network, method, *setting)] = best, last
+    expected = {
+        group: tuple(f"{column.mean():.2f} ± {column.std(ddof=1):.2f} (5)" for column in accuracies.T)
+        for group, accuracies in study().items()
+    }
+    assert found == expected
+    assert len(found) == 9
 
-    kd, tf, sskd = "0.0+0.0", "2.7+0.0", "2.7+10.0"
-    gains = [best(sskd) - best(kd), best(sskd) - best(tf)]
-    gains += [best(sskd, setting) - best(kd, setting) for setting in ("_few0.25", "_noise0.3")]
-    text = " ".join((committed / "README.md").read_text().partition("## Figures")[0].split())
+
+def test_the_studys_gains_are_those_of_its_record():
+    best = {group: accuracies[:, 0] for group, accuracies in study().items()}
+
+    def gain(over, few_shot=1.0, noise=0.0):
+        return best["resnet8", "SSKD", few_shot, noise] - best["resnet8", over, few_shot, noise]
+
+    few = gain("KD", few_shot=0.25)
+    gains = [gain("KD"), gain("KD + tf"), few, gain("KD", noise=0.3)]
+    text = " ".join(PAGE.read_text().partition("## Figures")[0].split())
     expected = [f"{gain.mean():.2f} ± {gain.std(ddof=1):.2f}" for gain in gains]
     assert re.findall(r"\d\.\d\d ± \d\.\d\d", text) == expected
+
+    alone, kd, tf, sskd = (best["resnet8", method, 1.0, 0.0] for method in ("alone", "KD", "KD + tf", "SSKD"))
+    assert f"({alone.mean():.1f} → {kd.mean():.1f} and {tf.mean():.1f})" in text
+    assert f"{sskd.mean():.1f}" == f"{tf.mean():.1f}"
+    assert "KD is above it in each of the five seeds" in text and (kd > alone).all()
+    assert "SSKD is above KD in each of the five seeds" in text and (few > 0).all()
+    assert f"from {few.min():.1f} to {few.max():.1f}," in text
+    assert f"KD loses only {(kd - best['resnet8', 'KD', 1.0, 0.3]).mean():.1f} to the noise" in text
+    t = few.mean() / few.std(ddof=1) * 5**0.5
+    p = 1 - t * (t**2 + 6) / (t**2 + 4) ** 1.5  # of Student's t with 4 degrees of freedom, two-sided
+    assert f"p = {p:.3f}" in text
