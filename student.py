@@ -25,7 +25,7 @@ from torch import Tensor, nn
 import cifar
 import models
 import utils
-from losses import VIEWS, SSKDTerms, own_image, similarity_matrix, split_views, ss_head_loss, sskd_terms
+from losses import VIEWS, SSKDTerms, positives, similarity_matrix, split_views, ss_head_loss, sskd_terms
 from record import Run, entry, fingerprint, refuse_unfinished, write_atomically
 from teacher_store import SSHeadFile
 from wrapper import Wrapper, fold_batch_norms
@@ -168,7 +168,7 @@ def make_ss_loss(teacher: Wrapper, autocast: Callable) -> Callable:
 
 def ss_loss_and_log(embedding: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     loss, similarity = ss_head_loss(embedding)
-    accuracy = utils.accuracy(similarity, own_image(len(similarity), similarity.device))
+    accuracy = utils.accuracy(similarity, positives(similarity))
     return loss, {"teacher_ssp_loss": loss, "teacher_ssp_acc": accuracy}
 
 
@@ -237,7 +237,7 @@ def make_loss(args: Namespace, teacher: Wrapper, student: Wrapper, autocast: Cal
             logged = {f"{name}_loss": term for name, term in terms._asdict().items()}
             similarity = similarity_matrix(s.embedding)
             logged["cls_acc"] = utils.accuracy(split_views(s.logits)[0], batch.target)
-            logged["ss_acc"] = utils.accuracy(similarity, own_image(len(similarity), similarity.device))
+            logged["ss_acc"] = utils.accuracy(similarity, positives(similarity))
         return loss, logged
 
     return loss_of
