@@ -14,7 +14,6 @@ All keep channels_last if given it, and can be traced by torch.fx and torch.comp
 from functools import partial
 
 from .checkpoint import find_arch, find_checkpoint, load
-CheckpointError = (ValueError)
 from .mobilenetv2 import MobileNetV2
 from .resnet import ResNet
 from .resnet50 import ResNet50
