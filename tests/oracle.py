@@ -104,3 +104,15 @@ class Operations(TorchDispatchMode):
             if isinstance(x, Tensor):
                 self.largest = max(self.largest, x.numel())
         return out
+
+
+NAMES = [
+    *("resnet8", "resnet14", "resnet20", "resnet32", "resnet44", "resnet56", "resnet110", "resnet8x4", "resnet32x4"),
+    *("resnet14x05", "resnet20x05", "resnet20x0375", "ResNet50", "wrn_16_1", "wrn_16_2", "wrn_40_1", "wrn_40_2"),
+    *("vgg8", "vgg11", "vgg13", "vgg16", "vgg19", "MobileNetV2", "ShuffleV1", "ShuffleV2"),
+]
+
+
+def images(height: int = 32) -> Tensor:
+    """(4, 3, height, height): the input of the golden figures of the models."""
+    return (1.5 * hashed(999, (4, 3, height, height))).float()

@@ -7,25 +7,16 @@ import pytest
 import torch
 import torch.fx.experimental.optimization as fx_optimization
 import torch.nn.functional as F
-from oracle import GOLDEN, fill, hashed
+from oracle import GOLDEN, NAMES, fill, images
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from models import model_dict
 
-NAMES = [
-    *("resnet8", "resnet14", "resnet20", "resnet32", "resnet44", "resnet56", "resnet110", "resnet8x4", "resnet32x4"),
-    *("resnet14x05", "resnet20x05", "resnet20x0375", "ResNet50", "wrn_16_1", "wrn_16_2", "wrn_40_1", "wrn_40_2"),
-    *("vgg8", "vgg11", "vgg13", "vgg16", "vgg19", "MobileNetV2", "ShuffleV1", "ShuffleV2"),
-]
 ONE_A_FAMILY = ("resnet8", "ResNet50", "wrn_16_2", "vgg8", "MobileNetV2", "ShuffleV1", "ShuffleV2")
 
 every_model = pytest.mark.parametrize("name", NAMES)
 each_family = pytest.mark.parametrize("name", ONE_A_FAMILY)
-
-
-def images(height: int = 32) -> Tensor:
-    return (1.5 * hashed(999, (4, 3, height, height))).float()
 
 
 def l2(tensors: Tensor | Iterator[Tensor]) -> float:
