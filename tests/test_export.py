@@ -1,0 +1,58 @@
+"""models.exported: the network that torch.export.load reads back."""
+
+import io
+from types import SimpleNamespace
+
+import pytest
+import torch
+from oracle import fill, hashed
+from torch import Tensor, nn
+
+from models import ExportError, exported, model_dict
+
+
+def read_back(program: bytes) -> nn.Module:
+    return torch.export.load(io.BytesIO(program)).module()
+
+
+def small() -> nn.Module:
+    """(N, 3, any, any) → (N, 2), another answer in train mode."""
+    return fill(nn.Sequential(nn.BatchNorm2d(3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 2)))
+
+
+def test_the_exported_network_answers_like_the_network_in_eval_mode_for_any_batch():
+    model = fill(model_dict["resnet8"](num_classes=10))
+    answer = read_back(exported(model))
+    model.eval()
+    with torch.no_grad():
+        for count in (1, 5):
+            images = hashed(count, (count, 3, 32, 32)).float()
+            torch.testing.assert_close(answer(images), model(images), rtol=1e-4, atol=1e-4)
+
+
+def test_the_side_of_the_images_can_be_chosen():
+    network = small()
+    images = hashed(1, (4, 3, 8, 8)).float()
+    torch.testing.assert_close(read_back(exported(network, side=8))(images), network.eval()(images))
+
+
+def test_exporting_leaves_the_network_and_the_random_numbers_as_they_are():
+    network = small()
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    draws = torch.get_rng_state()
+    exported(network)
+    assert all(module.training for module in network.modules())
+    for name, value in network.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    assert torch.equal(torch.get_rng_state(), draws)
+
+
+def test_a_network_that_is_read_back_wrong_is_not_returned(monkeypatch):
+    network = small().eval()
+
+    def off(images: Tensor) -> Tensor:
+        return network(images) + torch.tensor([0.0, 0.01])
+
+    monkeypatch.setattr(torch.export, "load", lambda _: SimpleNamespace(module=lambda: off))
+    with pytest.raises(ExportError, match="answers otherwise.*Mismatched elements: 3 / 6"):
+        exported(network)
