@@ -338,7 +338,7 @@ class Run:
         self._write_files()
         events = self.folder / "events"
         self._events = EventsWriter(str(events / "events"), f".{len(list(events.iterdir())) + 1}")
-        weakref.finalize(self, self._events.close)
+        weakref.finalize(self, _close, self._events)
         self.began = self._mark = time.monotonic()
         print(f"run: {self.folder}", flush=True)
         if self.last:
@@ -483,6 +483,7 @@ class Run:
         final = {f"final/{name}": result[name] for name in ("best_acc", "last_acc")}
         table = summary.hparams(flags, final)  # a row of TensorBoard's table of runs
         self._add_events(self.total, *table, *(summary.scalar(*item) for item in final.items()))
+        self._events.close()
         result |= {"epochs": self.total, "seconds": round(self._seconds(), 1)}
         write_atomically(self.folder / "result.json", _json(result))
         print(f"finished: {_summary(result)}", flush=True)
@@ -498,6 +499,12 @@ class Run:
             own = False
         if not own:
             raise Fault(f"{self.folder} was removed or replaced while this run was going on; it ends here")
+
+
+def _close(events: EventsWriter) -> None:
+    """Closes the events of a run that ends early; what is wrong with the disk has been told by then."""
+    with contextlib.suppress(OSError, ValueError):  # ValueError: `finish` has closed them
+        events.close()
 
 
 def _of_a_start(path: Path) -> bool:
