@@ -10,7 +10,7 @@
 #   bash command.sh setup        makes .venv with what requirements.txt names, if Python lacks it
 #   bash command.sh demo         a teacher, a small student alone and with SSKD, in minutes on a CPU
 #   bash command.sh test         lint and tests (test-slow: those that take longer)
-#   bash command.sh bench        how fast it is (bench.py and its flags)
+#   bash command.sh bench        how fast it is (experiments/bench.py and its flags)
 #   bash command.sh study        the comparison of experiments/README.md: hours on 2 cores. GPUS="0 0" runs two at a time
 #
 # The first four, demo and study take --dry-run, which prints the commands, one a line. A run that is finished is
@@ -366,7 +366,7 @@ case $part in
     "$python" -m ruff check . && "$python" -m ruff format --check . && "$python" -m pytest "$@"
     ;;
   test-slow) setup requirements-test.txt && "$python" -m pytest -m slow "$@" ;;
-  bench) setup requirements.txt && "$python" bench.py "$@" ;;
+  bench) setup requirements.txt && "$python" experiments/bench.py "$@" ;;
   -h | --help) sed -n '3,/^$/s/^# \{0,1\}//p' "${BASH_SOURCE[0]##*/}" ;;
   *) die "$part is none of $PARTS" ;;
 esac

@@ -1,26 +1,54 @@
-"""bench.py: the published baseline does the same work, and the rows are what the manual says."""
+"""experiments/bench.py: only equal work is timed, by the entries' own functions; the rows are what the manual says."""
 
 import json
+import os
 import re
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from conftest import run_script
 
-import bench
 import utils
+from experiments import bench, published
 
 PAIR = "resnet8:resnet8"
-TINY = bench.Plan(
-    torch.device("cpu"), batch=4, images=16, seconds=0, least=1, ss_batches=5, widths=(8, 16), batches=(2, 4), side=32
+TINY = bench.Plan(torch.device("cpu"), batch=4, images=16, seconds=0, least=1, ss_batches=5, ss_test_images=4)
+TINY = TINY._replace(widths=(8, 16), batches=(2, 4), side=32)
+
+
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [
+        ("kl", lambda s, t, T: (s - t).square().mean()),
+        ("kept", lambda scores, target, ratio: torch.arange(len(scores))),  # no selective transfer
+        ("ss_head_loss", lambda teacher, x: (None, {"teacher_ssp_loss": teacher(x).embedding.mean()})),
+    ],
 )
-
-
-def test_unequal_work_is_refused(monkeypatch):
+def test_unequal_work_is_refused(monkeypatch, name, other):
     bench.check_pair(PAIR)
-    monkeypatch.setattr(bench, "published_kl", lambda s, t, T: (s - t).square().mean())
+    monkeypatch.setattr(published, name, other)
     with pytest.raises(utils.Fault, match="unequal work"):
         bench.check_pair(PAIR)
+
+
+def test_steps_here_are_those_of_an_epoch_of_the_entries(monkeypatch):
+    seen, train_epoch = [], utils.train_epoch
+
+    def watched(module, loss_of, batches, sgd, images, label):
+        batches, before = list(batches), [parameter.clone() for parameter in module.parameters()]
+        means = train_epoch(module, loss_of, iter(batches), sgd, images, label)
+        changed = [not torch.equal(*both) for both in zip(before, module.parameters(), strict=True)]
+        seen.append((images, [tuple(batch.x.shape) for batch in batches], all(changed), set(means)))
+        return means
+
+    monkeypatch.setattr(utils, "train_epoch", watched)
+    side = bench.here_side(TINY, PAIR)
+    side["student_step"](3)
+    side["ss_epoch"](2)
+    views, terms = (16, 3, 32, 32), {"ce_loss", "kd_loss", "tf_loss", "ss_loss", "cls_acc", "ss_acc"}
+    head = (20, [views] * 5, True, {"teacher_ssp_loss", "teacher_ssp_acc"})
+    assert seen == [(12, [views] * 3, True, terms), head, head]
 
 
 def test_a_run_writes_every_figure_as_a_row(monkeypatch, tmp_path, capsys):
@@ -44,27 +72,42 @@ def test_a_run_writes_every_figure_as_a_row(monkeypatch, tmp_path, capsys):
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
 def test_half_precision_concerns_this_repository_alone(amp):
-    side = bench.here_side(TINY._replace(amp=amp), PAIR, bench.make_images(16, TINY.device))
-    side["student_step"]()
-    side["ss_features"]()
-    side["ss_epoch"]()
-    side["loss"]()
+    plan, dtypes = TINY._replace(amp=amp), []
+
+    with torch.nn.modules.module.register_module_forward_hook(
+        lambda module, args, output: dtypes.append(output.dtype) if isinstance(module, torch.nn.Conv2d) else None
+    ):
+        for side, expected in ((bench.here_side, bench.DTYPES[amp]), (bench.published_side, torch.float32)):
+            figures = side(plan, PAIR)
+            dtypes.clear()
+            for name in ("student_step", "ss_epoch", "teacher_forward", "student_forward_backward"):
+                figures[name](1)
+            assert set(dtypes) == {expected}
+            figures["loss"](1)
+
+
+def test_a_measurement_has_a_process_of_its_own_whose_death_is_a_fault():
+    with pytest.raises(utils.Fault, match="killed"), bench.process(TINY.device) as call:
+        assert call(os.getpid) != os.getpid()
+        assert call(bench.clock, bench.here_side, TINY, PAIR, "student_step") > 0
+        call(os._exit, 1)
+
+
+def test_the_script_runs_from_any_folder(tmp_path):
+    run = run_script("experiments/bench.py", "--help", cwd=tmp_path)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert "--pairs TEACHER:STUDENT" in run.stdout
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--pairs", "resnet8"], "no such network|missing"),
-        (["--pairs", "resnet8:nothing"], "no such network"),
-        (["--device", "nonsense"], "nonsense|device"),
+        (["--pairs", "resnet8"], "TEACHER:STUDENT"),
+        (["--pairs", "resnet8:nothing"], "TEACHER:STUDENT, two of .*resnet8x4"),
+        (["--device", "nonsense"], "--device nonsense"),
         (["--json", "/nowhere/at/all.json"], "folder does not exist"),
         (["--amp", "fp8"], "invalid choice"),
     ],
 )
-def test_bad_flags_end_in_one_line(flags, message, capsys):
-    with pytest.raises(SystemExit) as stop:
-        bench.main(flags)
-    error = capsys.readouterr().err
-    assert stop.value.code == 2
-    assert error.count("\n") == 1
-    assert re.search(message, error)
+def test_bad_flags_end_in_one_line(flags, message, fails):
+    assert re.search(message, fails(bench.main, *flags))

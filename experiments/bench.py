@@ -1,0 +1,424 @@
+"""How fast this repository is: against the published pipeline, in one run, on identical work.
+
+    python experiments/bench.py                                    # four pairs, under 15 minutes on 2 CPU cores
+    python experiments/bench.py --quick                            # the first pair alone, under 2 minutes
+    python experiments/bench.py --amp bf16 --compile               # what half precision and torch.compile add
+    python experiments/bench.py --pairs vgg13:vgg8 --json rows.json
+
+The published pipeline is published.py; "here" are the functions that student.py trains with. Each side has a process of
+its own, set up as its scripts are, since some of it (the memory allocator) holds for a whole process; both get the same
+weights, images, batch size and threads, and their losses must agree before anything is timed. They take turns within
+each repetition, one idle while the other runs; a figure is the median.
+
+    figure                    of a batch of 64 images (256 views), in seconds unless said
+    views                     its four views, by one process and one thread
+    loss                      the terms, forward and backward; pair D128 … D2048: at embeddings of that width
+    teacher_forward           the frozen teacher
+    student_forward_backward  the student's network alone
+    student_step              all of it: views, both networks, loss, update, meter
+    overhead                  share of the step outside the two networks, timed beside it; noise may take it below 0
+    peak_share                share of the machine's matrix-product rate that the step reaches: more is better
+    ss_epoch                  an epoch of the SS head, scaled down: some training batches and a fifth as many test
+                              images. Here it includes a 60th of what is done once for 60 epochs, the test features
+    peak_memory               bytes that a step needs beyond those held before it, in a fresh process: allocated on
+                              the device (CUDA), else resident in memory (Linux' high-water mark)
+    batch_scaling             student_step per image, as the batch grows; here only, ratio = to the smallest batch
+
+`--json` writes rows {figure, pair, amp, published, here, ratio}: ratio = published ÷ here, null where here is below 0.
+`--amp` concerns "here" alone; without it the first pair's step is timed in bf16 too, where the device has bf16
+instructions. On a CPU the DataLoader has no workers, since the networks keep the cores busy; on a GPU it has the
+published four, but for `views`. CUDA times with events, ten repetitions at a time.
+"""
+
+import contextlib
+import json
+import math
+import multiprocessing
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from functools import cache, partial
+from itertools import chain, count, islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the rooms lie there, wherever this is started from
+
+import cifar
+import models
+import student
+import utils
+from experiments import published
+from losses import VIEWS, sskd_terms
+from record import entry, write_atomically
+from wrapper import Wrapper, fold_batch_norms
+
+PAIRS = ["wrn_40_2:wrn_16_2", "resnet32x4:resnet8x4", "vgg13:vgg8", "ResNet50:MobileNetV2"]
+CLASSES, STATISTICS = cifar.NUM_CLASSES["cifar100"], cifar.STATISTICS["cifar100"]
+FLAGS = ["--t-path", "unused", "--s-arch", "resnet8", "--lr", "0.01"]  # of student.py
+DTYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+THREADS = torch.get_num_threads()
+TABLE = "{:25} {:27} {:4} {:>14} {:>14} {:>8}"
+
+Side = dict[str, Callable[[int], Any]]  # figure → what one side does for it, so many times
+
+
+class Plan(NamedTuple):
+    """What is measured, and how often."""
+
+    device: torch.device
+    amp: str = "off"
+    compile: bool = False
+    batch: int = 64
+    images: int = 50_000  # as many as CIFAR-100 trains on
+    seconds: float = 40  # a figure is repeated for about so long …
+    least: int = 2  # … but at least so often
+    ss_batches: int = 2  # of an SS-head epoch …
+    ss_test_images: int = 25  # … and a fifth as many, as in CIFAR-100
+    widths: tuple[int, ...] = (128, 256, 512, 1024, 2048)
+    batches: tuple[int, ...] = (64, 128, 256, 512)
+    side: int = 2048  # of the matrices that tell the machine's rate; a GPU wants larger ones
+
+
+QUICK = {"seconds": 4, "ss_batches": 1, "ss_test_images": 12, "widths": (128, 2048), "batches": (64, 128)}
+
+# ------------------------------------------------------------------------------------------------------ the two sides
+
+
+@cache
+def published_side(plan: Plan, pair: str) -> Side:
+    """The published pipeline."""
+    torch.backends.cudnn.benchmark = True  # all that it sets up
+    teacher, network = make_networks(pair, plan.device)
+    sgd, head_sgd = published.sgd(network.parameters(), 0.01), published.sgd(teacher.proj_head.parameters())
+    train_set, test_set = (published.Views(*noise(plan.images), STATISTICS, train) for train in (True, False))
+    workers = 4 if plan.device.type == "cuda" else 0
+    batches = published.batches(train_set, plan.batch, plan.device, workers)
+    test_batches = published.batches(test_set, plan.ss_test_images, plan.device, workers)
+    of_one_process = published.batches(train_set, plan.batch, plan.device)
+    x, _ = next(of_one_process)
+
+    def ss_epoch() -> None:
+        for x, _ in islice(batches, plan.ss_batches):
+            published.step(head_sgd, *published.ss_head_loss(teacher, x))
+        with torch.no_grad():
+            _, figures = published.ss_head_loss(teacher, next(test_batches)[0])
+            published.read(figures)
+
+    return {
+        "views": times(lambda: next(of_one_process)),
+        "teacher_forward": times(lambda: teacher(x)),
+        "student_forward_backward": times(lambda: backward(network, network(x))),
+        "student_step": times(lambda: published.step(sgd, *published.loss(teacher, network, *next(batches)))),
+        "ss_epoch": times(ss_epoch),
+    } | computed(plan._replace(amp="off"), (teacher, network), published.terms, teacher_graph=True)
+
+
+@cache
+def here_side(plan: Plan, pair: str) -> Side:
+    """This repository, set up as by student.py."""
+    utils.set_up(0, plan.device, deterministic=False)
+    args, autocast = student.parse_args([*FLAGS, "--amp", plan.amp]), utils.precision(plan.amp, plan.device)
+    teacher, network = (net.to(memory_format=torch.channels_last) for net in make_networks(pair, plan.device))
+    teacher, head = fold_batch_norms(teacher), teacher.proj_head
+    compiled = partial(utils.compiled, wanted=plan.compile, device=plan.device)
+    loss_of = compiled(student.make_loss(args, teacher, network, autocast))
+    ss_loss_of = compiled(student.make_ss_loss(teacher, autocast))
+    sgd = utils.SGD(network.parameters(), args.lr, args.milestones, args)
+    head_sgd = utils.SGD(head.parameters(), args.t_lr, args.t_milestones, args)
+    sizes = (plan.images, plan.ss_test_images)
+    train_set, test_set = (cifar.Images(*noise(size), STATISTICS, plan.device, plan.batch) for size in sizes)
+    batches = chain.from_iterable(train_set.batches("bench", epoch, VIEWS) for epoch in count())
+    x = next(batches).x
+    teacher_forward = torch.inference_mode()(autocast()(compiled(teacher.forward)))
+    student_forward = autocast()(compiled(network.forward))
+    test_features = partial(student.ss_test_features, teacher, test_set, autocast)
+    once_for_all_epochs = cache(test_features)
+
+    def train(module: nn.Module, loss_of: Callable, sgd: utils.SGD, steps: int) -> None:
+        """An epoch of so many steps."""
+        utils.train_epoch(module, loss_of, islice(batches, steps), sgd, steps * plan.batch, "bench")
+
+    def ss_epoch() -> None:
+        train(head, ss_loss_of, head_sgd, plan.ss_batches)
+        student.test_ss_head(head, once_for_all_epochs(), autocast, "bench")
+
+    return {
+        "views": times(lambda: next(batches)),
+        "teacher_forward": times(lambda: teacher_forward(x)),
+        "student_forward_backward": times(lambda: backward(network, student_forward(x))),
+        "student_step": partial(train, network, loss_of, sgd),
+        "ss_epoch": times(ss_epoch),
+        "ss_features": times(test_features),
+    } | computed(plan, (teacher, network), compiled(sskd_terms), teacher_graph=False)
+
+
+@torch.no_grad()
+def check_pair(pair: str) -> None:
+    """Raises Fault unless both sides have the same losses. In float64: rounding could hide a part of the ss term."""
+    device = torch.device("cpu")
+    teacher, network = (net.double() for net in make_networks(pair, device))
+    batch = next(cifar.Images(*noise(16), STATISTICS, device, batch_size=16).batches("check", 1, VIEWS))
+    batch, autocast = batch._replace(x=batch.x.double()), utils.precision("off", device)
+    _, theirs = published.loss(teacher, network, batch.x, batch.target)
+    theirs |= published.ss_head_loss(teacher, batch.x)[1]
+    _, ours = student.make_loss(student.parse_args(FLAGS), fold_batch_norms(teacher), network, autocast)(batch)
+    ours |= student.make_ss_loss(fold_batch_norms(teacher), autocast)(batch)[1]
+    for name, expected in published.read(theirs).items():
+        if not math.isclose(ours[name], expected, rel_tol=1e-6):
+            raise utils.Fault(f"{pair}: {name} is {ours[name]:.6g} here and {expected:.6g} published: unequal work")
+
+
+# ------------------------------------------------------------------------------------------------------ what both need
+
+
+def noise(size: int) -> tuple[Tensor, Tensor]:
+    """Images and labels in the shape of CIFAR-100's, the same at every call."""
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (size, cifar.SIDE, cifar.SIDE, 3), dtype=np.uint8)
+    return torch.from_numpy(pixels), torch.from_numpy(rng.integers(0, CLASSES, size))
+
+
+def make_networks(pair: str, device: torch.device) -> tuple[Wrapper, Wrapper]:
+    """Teacher (eval mode) and student (train mode) with heads; the same weights at every call."""
+    torch.manual_seed(0)
+    teacher, network = (Wrapper(models.model_dict[arch](num_classes=CLASSES)) for arch in pair.split(":"))
+    for module in teacher.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = None  # one pass sets the statistics: activations keep the range of a trained network's
+    with torch.no_grad():
+        teacher.train()(torch.randn(32, 3, cifar.SIDE, cifar.SIDE))
+    return teacher.eval().to(device), network.to(device)
+
+
+def times(function: Callable[[], Any]) -> Callable[[int], None]:
+    """`function` as one that does the same so many times."""
+
+    def repeated(number: int) -> None:
+        for _ in range(number):
+            function()
+
+    return repeated
+
+
+def backward(network: nn.Module, output: tuple[Tensor, Tensor, Tensor]) -> None:
+    """From gradients of one into a network's logits and embedding."""
+    (output[0].sum() + output[1].sum()).backward()
+    network.zero_grad()
+
+
+def computed(plan: Plan, networks: tuple[Wrapper, Wrapper], terms_of: Callable, teacher_graph: bool) -> Side:
+    """The figures of tensors alone: the loss at the pair's embedding widths and at others, the machine's peak."""
+
+    def tensor(*shape: int) -> Tensor:
+        return torch.randn(shape).to(plan.device, DTYPES[plan.amp])
+
+    def loss(t_width: int, s_width: int) -> Callable[[int], None]:
+        inputs = [tensor(VIEWS * plan.batch, width) for width in (CLASSES, CLASSES, s_width, t_width)]
+        for x in inputs if teacher_graph else inputs[::2]:
+            x.requires_grad_()
+        target = torch.randint(CLASSES, (plan.batch,)).to(plan.device)
+        return times(lambda: torch.autograd.grad(published.total(*terms_of(*inputs, target)), inputs[::2]))
+
+    torch.manual_seed(0)
+    # a product of 2 · side³ FLOP, as a 1 × 1 convolution, so by the library of the others: in float32 `@` has half its
+    # rate on AMD, no TF32 on CUDA
+    x = tensor(plan.side // 16, plan.side, 4, 4).to(memory_format=torch.channels_last)
+    weight = tensor(plan.side, plan.side, 1, 1)
+    own = (network.proj_head[0].in_features for network in networks)
+    figures = {"product": times(lambda: F.conv2d(x, weight)), "loss": loss(*own)}
+    return figures | {f"loss D{width}": loss(width, width) for width in plan.widths}
+
+
+# ---------------------------------------------------------------------------------------------------------- measuring
+
+
+def clock(side: Callable, plan: Plan, pair: str, figure: str) -> float:
+    """Seconds of one repetition; of brief ones, the mean of ten.
+
+    Runs in the side's own process, where its cache keeps networks and data from call to call.
+    """
+    function = side(plan, pair)[figure]
+    torch.set_num_threads(1 if figure == "views" else THREADS)
+    brief = figure.startswith(("views", "loss"))
+    number = 10 if brief or plan.device.type == "cuda" else 1
+    if brief:
+        function(1)  # what the other side left in the caches would cost more than the repetition
+    if plan.device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        function(number)
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1000 / number
+    began = time.perf_counter()
+    function(number)
+    if plan.device.type == "mps":
+        torch.mps.synchronize()
+    return (time.perf_counter() - began) / number
+
+
+def peak_memory(side: Callable, plan: Plan, pair: str) -> float:
+    """Bytes that a student step needs beyond those held before it. Wants a process of its own."""
+    plan = plan._replace(images=2 * plan.batch, compile=False)  # a compiler's own memory is not the step's
+    small, full = (side(plan._replace(batch=batch), pair)["student_step"] for batch in (2, plan.batch))
+    small(1)  # loads the code of the kernels
+    before = memory(plan.device, "VmRSS")
+    full(1)
+    return memory(plan.device, "VmHWM") - before
+
+
+def memory(device: torch.device, key: str) -> float:
+    """Bytes held now (VmRSS) or at most so far (VmHWM; unlike ru_maxrss, not inherited from the parent)."""
+    if device.type == "cuda":
+        return float((torch.cuda.memory_allocated if key == "VmRSS" else torch.cuda.max_memory_allocated)(device))
+    return float(re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+
+
+def step_flops(plan: Plan, pair: str) -> float:
+    """Of the convolutions and linear layers: teacher forward, student forward and backward."""
+    teacher, network = make_networks(pair, torch.device("cpu"))
+    x = torch.randn(VIEWS, 3, cifar.SIDE, cifar.SIDE)
+    with FlopCounterMode(display=False) as counter:
+        teacher(x)
+        backward(network, network(x))
+    return counter.get_total_flops() * plan.batch
+
+
+@contextlib.contextmanager
+def process(device: torch.device) -> Iterator[Callable]:
+    """A process of its own, as a function that calls others in it."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), prepare, (device,)) as pool:
+        try:
+            yield lambda function, *args: pool.submit(function, *args).result()
+        except BrokenProcessPool as error:
+            raise utils.Fault("a process of the measurement was killed; memory may have run out") from error
+
+
+def prepare(device: torch.device) -> None:
+    sys.stderr = None  # or train_epoch would draw its bar into the table
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
+def time_all(plan: Plan, clocks: list[Callable[[], float]], share: float = 1.0) -> np.ndarray:
+    """(clocks, repetitions): seconds, taken in turns so that a busy moment strikes all alike."""
+    rounds: list[list[float]] = []
+    for run in clocks:
+        run()  # to warm up
+    began = time.monotonic()
+    while len(rounds) < plan.least or (len(rounds) < 50 and time.monotonic() - began < plan.seconds * share):
+        rounds.append([run() for run in clocks])
+    return np.array(rounds).T
+
+
+# ---------------------------------------------------------------------------------------------------------------- rows
+
+median = partial(np.median, axis=-1)  # over the repetitions
+
+
+def row(figure: str, pair: str, amp: str, theirs: float | None, ours: float, ratio: float | None = None) -> dict:
+    """One row, printed as soon as it is measured."""
+    ratio = theirs / ours if ratio is None and ours > 0 else ratio
+    unit = {"overhead": "{:.1%}", "peak_share": "{:.1%}", "peak_memory": "{:,.0f} B"}.get(figure, "{:,.5f} s")
+    shown = ("" if x is None else form.format(x) for form, x in ((unit, theirs), (unit, ours), ("{:.2f}", ratio)))
+    print(TABLE.format(figure, pair, amp, *shown), flush=True)
+    return {"figure": figure, "pair": pair, "amp": amp, "published": theirs, "here": ours, "ratio": ratio}
+
+
+def pair_rows(plan: Plan, pair: str, first: bool) -> Iterator[dict]:
+    """All figures of one pair; of the first also the loss at other widths, and the step in bf16."""
+    check_pair(pair)
+    amp = plan.amp
+    with process(plan.device) as theirs, process(plan.device) as ours:
+
+        def clocks(*figures: str) -> list[Callable[[], float]]:
+            sides = (theirs, published_side), (ours, here_side)
+            return [partial(call, clock, side, plan, pair, figure) for figure in figures for call, side in sides]
+
+        for figure in ("views", "loss", *(f"loss D{width}" for width in plan.widths if first)):
+            name, _, width = figure.partition(" ")
+            yield row(name, width or pair, amp, *median(time_all(plan, clocks(figure), 0.1)))
+
+        # the product in the same rounds: what slows the machine slows both
+        calls = clocks("teacher_forward", "student_forward_backward", "student_step", "product")
+        if first and amp == "off" and has_bf16(plan.device):
+            calls.append(partial(ours, clock, here_side, plan._replace(amp="bf16"), pair, "student_step"))
+        seconds = time_all(plan, calls)
+        teacher, network, step, product = seconds[:8].reshape(4, 2, -1)  # each 2 sides × repetitions
+        yield row("teacher_forward", pair, amp, *median(teacher))
+        yield row("student_forward_backward", pair, amp, *median(network))
+        yield row("student_step", pair, amp, *median(step))
+        for in_bf16 in seconds[8:]:
+            yield row("student_step", pair, "bf16", median(step)[0], median(in_bf16))
+        yield row("overhead", pair, amp, *median(1 - (teacher + network) / step))
+        products = step_flops(plan, pair) / (2 * plan.side**3)
+        yield row("peak_share", pair, amp, *products * median(product) / median(step))
+
+        calls = [*clocks("ss_epoch"), partial(ours, clock, here_side, plan, pair, "ss_features")]
+        their_epoch, our_epoch, once = median(time_all(plan, calls, 0.5))
+        yield row("ss_epoch", pair, amp, their_epoch, our_epoch + once / student.parse_args(FLAGS).t_epoch)
+    if plan.device.type == "cuda" or Path("/proc/self/status").exists():
+        with process(plan.device) as theirs, process(plan.device) as ours:
+            sides = (theirs, published_side), (ours, here_side)
+            yield row("peak_memory", pair, amp, *(call(peak_memory, side, plan, pair) for call, side in sides))
+
+
+def batch_rows(plan: Plan, pair: str) -> Iterator[dict]:
+    with process(plan.device) as ours:
+        plans = (plan._replace(batch=batch) for batch in plan.batches)
+        seconds = time_all(plan, [partial(ours, clock, here_side, each, pair, "student_step") for each in plans])
+    per_image = median(seconds) / plan.batches
+    for batch, each in zip(plan.batches, per_image, strict=True):
+        yield row("batch_scaling", f"{pair} B{batch}", plan.amp, None, each, each / per_image[0])
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether the device multiplies bf16 by its own instructions."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return any(has for name, has in torch.cpu.get_capabilities().items() if "bf16" in name)
+
+
+@entry()
+def main(argv: list[str] | None = None) -> None:
+    parser = utils.Parser("Times this repository against the published pipeline.")
+    add = parser.add_argument
+    add("--pairs", nargs="+", default=PAIRS, metavar="TEACHER:STUDENT", help="the networks to measure")
+    add("--amp", choices=DTYPES, default="off", help="half precision here; the published side stays float32")
+    add("--compile", action="store_true", help="torch.compile here; the minutes it takes are not counted")
+    add("--device", help="for example cpu or cuda:1; left out: the first GPU, else the CPU")
+    add("--quick", action="store_true", help="the first pair alone, fewer repetitions, a narrower range")
+    add("--json", type=Path, metavar="FILE", help="write the rows there")
+    args = parser.parse_args(argv)
+    for pair in args.pairs:
+        if pair.count(":") != 1 or not set(pair.split(":")) <= set(models.model_dict):
+            parser.error(f"--pairs {pair}: not TEACHER:STUDENT, two of {', '.join(models.model_dict)}")
+    if args.json and not args.json.absolute().parent.is_dir():
+        parser.error(f"--json {args.json}: its folder does not exist")
+    try:
+        device = torch.zeros(1, device=args.device).device if args.device else utils.pick_device(0)
+    except (RuntimeError, AssertionError) as error:  # no such device in this build, or on this machine
+        parser.error(f"--device {args.device}: {error}")
+    plan, pairs = Plan(device, args.amp, args.compile, side=8192 if device.type == "cuda" else 2048), args.pairs
+    if args.quick:
+        plan, pairs = plan._replace(**QUICK), pairs[:1]
+    print(f"machine: {device}, {THREADS} threads, PyTorch {torch.__version__}")
+    print(TABLE.format("figure", "pair", "amp", "published", "here", "ratio"))
+    rows = [each for pair in pairs for each in pair_rows(plan, pair, first=pair == pairs[0])]
+    rows += batch_rows(plan, pairs[0])
+    if args.json:
+        write_atomically(args.json, (json.dumps(rows, indent=1) + "\n").encode())
+
+
+if __name__ == "__main__":
+    main()
