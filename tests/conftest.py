@@ -54,7 +54,7 @@ def contents(folder):
 
 
 def plain(value):
-    """A checkpoint's content in a form that == compares bit for bit, without times, sizes and files yet to be written."""
+    """A checkpoint's content in a form that == compares bit for bit; times, sizes and files to be written left out."""
     if isinstance(value, torch.Tensor):
         return value.dtype, tuple(value.shape), value.contiguous().numpy().tobytes()
     if isinstance(value, dict):

@@ -6,8 +6,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_STUDENT, contents
-from oracle import GOLDEN, PUBLISHED, fill, hashed, labels
+from conftest import TINY_STUDENT
+from oracle import GOLDEN, PUBLISHED, fill, trajectory_batch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
@@ -23,17 +23,8 @@ from wrapper import Wrapper, fold_batch_norms
 PAIRS = PUBLISHED["similar"]["pairs"] + PUBLISHED["cross"]["pairs"]
 
 
-def trajectory_batch(case):
-    """Four rotated views of blocky images, with noise of their own, and labels."""
-    batch = case["batch"]
-    blocks = 2 * hashed(40000, (batch, 3, 4, 4))
-    picture = blocks.repeat_interleave(8, 2).repeat_interleave(8, 3)
-    views = torch.stack([torch.rot90(picture, k, (2, 3)) for k in range(4)], 1).flatten(0, 1)
-    x = views + 0.3 * hashed(40002, (4 * batch, 3, 32, 32))
-    return x.contiguous(memory_format=torch.channels_last), labels(40001, batch, 100)
-
-
 def warm_teacher(case, x):
+    """In float64, its batch norms as 30 passes leave them."""
     teacher = fill(Wrapper(models.model_dict[case["teacher"]]()).double(), 20000)
     teacher.to(memory_format=torch.channels_last).train()
     with torch.no_grad():
@@ -42,32 +33,59 @@ def warm_teacher(case, x):
     return teacher.eval()
 
 
+CPU = torch.device("cpu")
+FULL = utils.precision("off", CPU)
+
+
+def batch_of(x, target):
+    return cifar.Batch(x.contiguous(memory_format=torch.channels_last), target, torch.arange(len(target)), None)
+
+
 def test_both_training_steps_follow_the_published_trajectories():
     case = GOLDEN["ss_head_trajectory"]
-    x, target = trajectory_batch(case)
-    teacher = fold_batch_norms(warm_teacher(case, x))
+    batch = batch_of(*trajectory_batch(case))
+    teacher = fold_batch_norms(warm_teacher(case, batch.x))
     args = student.parse_args(["--t-path", "unused", "--s-arch", GOLDEN["student_trajectory"]["student"]])
-    device = torch.device("cpu")
-    precision = utils.Precision("off", device)
-
-    optimizer, _ = utils.make_sgd(teacher.proj_head.parameters(), args, args.t_lr, args.t_milestones)
-    loss_of = student.make_ss_loss(teacher, precision)
+    sgd = utils.SGD(teacher.proj_head.parameters(), args.t_lr, args.t_milestones, args)
+    loss_of = student.make_ss_loss(teacher, FULL)
     for loss_before, accuracy in case["steps"]:
-        loss, logged = loss_of(x)
-        precision.update(optimizer, loss)
+        loss, logged = loss_of(batch)
+        sgd.step(loss)
         assert loss.item() == pytest.approx(loss_before, rel=1e-6)
         assert logged["teacher_ssp_acc"].item() == pytest.approx(accuracy, rel=1e-6)
 
     case = GOLDEN["student_trajectory"]
     network = fill(Wrapper(models.model_dict[case["student"]]()).double(), case["student_fill_base"])
     network.to(memory_format=torch.channels_last).train()
-    optimizer, _ = utils.make_sgd(network.parameters(), args, args.lr, args.milestones)
-    loss_of = student.make_loss(args, teacher, network, precision)
+    sgd = utils.SGD(network.parameters(), args.lr, args.milestones, args)
+    loss_of = student.make_loss(args, teacher, network, FULL)
     for *terms, total in case["steps"]:
-        loss, logged = loss_of(x, target)
-        precision.update(optimizer, loss)
+        loss, logged = loss_of(batch)
+        sgd.step(loss)
         assert [logged[f"{name}_loss"].item() for name in ("ce", "kd", "tf", "ss")] == pytest.approx(terms, rel=1e-6)
         assert loss.item() == pytest.approx(total, rel=1e-6)
+
+
+def test_each_term_has_its_own_weight_and_one_of_weight_0_is_only_logged():
+    """Also a term that is not finite."""
+    teacher, network = (Wrapper(models.model_dict["resnet8"]()) for _ in range(2))
+    x = torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    batch = batch_of(x, torch.tensor([1, 2, 3, 4]))
+    weights = {"ce": 2.0, "kd": 3.0, "tf": 5.0, "ss": 7.0}
+    for zero in [None, *weights]:
+        flags = [word for name, w in weights.items() for word in (f"--{name}-weight", str(0 if name == zero else w))]
+        args = student.parse_args(["--t-path", "unused", "--s-arch", "resnet8", *flags])
+        loss, logged = student.make_loss(args, teacher.eval(), network.eval(), FULL)(batch)
+        expected = sum(w * logged[f"{name}_loss"] for name, w in weights.items() if name != zero)
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    with torch.no_grad():
+        network.proj_head[2].bias.fill_(torch.nan)
+    args = student.parse_args(["--t-path", "unused", "--s-arch", "resnet8", "--ss-weight", "0"])
+    loss, logged = student.make_loss(args, teacher, network, FULL)(batch)
+    loss.backward()
+    assert loss.isfinite() and logged["ss_loss"].isnan()
+    assert all(parameter.grad.isfinite().all() for parameter in network.backbone.parameters())
+    assert network.proj_head[0].weight.grad is None  # nothing trains it, weight decay included
 
 
 class Departures(TorchDispatchMode):
@@ -94,18 +112,18 @@ def test_the_step_runs_on_cuda_without_asking_the_device(t_arch, s_arch):
         pixels, numbers = torch.zeros(20, 32, 32, 3, dtype=torch.uint8), torch.zeros(20, dtype=torch.int64)
         data = cifar.Images(pixels, numbers, cifar.STATISTICS["cifar100"], "cuda")
         args = student.parse_args(["--t-path", "unused", "--s-arch", s_arch])
-        precision = utils.Precision("off", torch.device("cuda"))
-        loss_of = student.make_loss(args, teacher, network, precision)
-        ss_loss_of = student.make_ss_loss(teacher, precision)
-        meter = utils.Meter(torch.device("cuda"), "test")
+        autocast = utils.precision("off", torch.device("cuda"))
+        loss_of = student.make_loss(args, teacher, network, autocast)
+        ss_loss_of = student.make_ss_loss(teacher, autocast)
+        meter = utils.Meter("test")
         rows, window = torch.arange(8), torch.zeros(8, 4, dtype=torch.int64)
         with Departures() as seen:
-            x, target = data.views(rows, window), data.labels[rows]
-            loss, logged = loss_of(x, target)
-            meter.add(len(target), **logged)
-            ss_loss, _ = ss_loss_of(x)
+            batch = cifar.Batch(data.views(rows, window), data.labels[rows], rows, window)
+            loss, logged = loss_of(batch)
+            meter.add(len(rows), loss, logged)
+            ss_loss, _ = ss_loss_of(batch)
         assert not seen.names
-        assert x.shape == (32, 3, 32, 32)
+        assert batch.x.shape == (32, 3, 32, 32)
         assert {loss.device.type, ss_loss.device.type, meter.total.device.type} == {"cuda"}
 
 
@@ -130,21 +148,18 @@ class Watch(TorchDispatchMode):
 
 @pytest.mark.parametrize("s_arch", ["wrn_16_2", "resnet8x4", "vgg8", "MobileNetV2", "ShuffleV1", "ShuffleV2"])
 def test_a_whole_step_stays_on_the_device_and_in_channels_last(s_arch):
-    device = torch.device("cpu")
-    data = cifar.Images(*cifar.synthetic(False), cifar.STATISTICS["synthetic"], device)
+    data = cifar.Images(*cifar.synthetic(False, 8), cifar.STATISTICS["synthetic"], CPU, batch_size=8)
     teacher = Wrapper(models.model_dict["resnet8"]()).to(memory_format=torch.channels_last).eval()
     network = Wrapper(models.model_dict[s_arch]()).to(memory_format=torch.channels_last)
     args = student.parse_args(["--t-path", "unused", "--s-arch", s_arch])
-    precision = utils.Precision("off", device)
-    loss_of = student.make_loss(args, fold_batch_norms(teacher), network, precision)
-    optimizer, _ = utils.make_sgd(network.parameters(), args, 0.05, [1])
-    meter = utils.Meter(device, "test")
-    rows, window = torch.arange(8), cifar.draw(8, 4, 0, "student", 1).window
+    loss_of = student.make_loss(args, fold_batch_norms(teacher), network, FULL)
+    sgd = utils.SGD(network.parameters(), 0.05, [1], args)
+    batches, meter = data.batches("student", 1, 4), utils.Meter("test")
     with Watch() as seen:
-        x, target = data.views(rows, window), data.labels[rows]
-        loss, logged = loss_of(x, target)
-        precision.update(optimizer, loss)
-        meter.add(len(target), **logged)
+        batch = next(batches)
+        loss, logged = loss_of(batch)
+        sgd.step(loss)
+        meter.add(len(batch.target), loss, logged)
     assert "_fused_sgd_" in seen.names
     assert not seen.names & {"_local_scalar_dense", "nonzero", "masked_select", "equal"}
     assert not seen.contiguous
@@ -153,9 +168,9 @@ def test_a_whole_step_stays_on_the_device_and_in_channels_last(s_arch):
 def test_the_loss_with_both_networks_compiles_to_one_graph():
     teacher, network = (Wrapper(models.model_dict[arch]()) for arch in ("wrn_16_1", "ShuffleV2"))
     args = student.parse_args(["--t-path", "unused", "--s-arch", "ShuffleV2"])
-    loss_of = student.make_loss(args, fold_batch_norms(teacher), network, utils.Precision("off", torch.device("cpu")))
-    x, target = torch.randn(8, 3, 32, 32), torch.tensor([3, 5])
-    loss, _ = torch.compile(loss_of, fullgraph=True, backend="eager")(x, target)
+    loss_of = student.make_loss(args, fold_batch_norms(teacher), network, FULL)
+    batch = cifar.Batch(torch.randn(8, 3, 32, 32), torch.tensor([3, 5]), torch.arange(2), torch.zeros(2, 4).long())
+    loss, _ = torch.compile(loss_of, fullgraph=True, backend="eager")(batch)
     loss.backward()
     assert network.backbone.conv1.weight.grad.abs().sum() > 0
 
@@ -199,26 +214,6 @@ def test_the_teachers_accuracy_comes_before_all_training(runs):
     teacher_line = next(i for i, line in enumerate(lines) if line.startswith("teacher: "))
     assert f"test accuracy {reported:.2f}" in lines[teacher_line]
     assert [line.split()[0] for line in lines[teacher_line + 1 :]] == ["ss_head"] * 2 + ["student"] * 3 + ["finished:"]
-
-
-def test_a_second_student_reads_the_head_and_ends_as_if_it_had_trained_it(runs, tmp_path, capsys):
-    """The same student from a copy of the teacher without and with the kept head."""
-    (head,) = (runs.teacher / "ckpt").glob("ss_head_*.pth")
-    flags = [*TINY_STUDENT, "--experiments", tmp_path, "--t-path", runs.teacher]
-    student.main([str(flag) for flag in flags])
-    assert f"read from {head}" in capsys.readouterr().out
-    (second,) = tmp_path.glob("sskd_student_*")
-    assert contents(second) == contents(runs.student)
-
-
-def test_a_head_of_other_flags_is_not_read():
-    def key(*more, teacher="teacher", device="cpu"):
-        args = student.parse_args(["--t-path", "unused", *TINY_STUDENT, *more])
-        return student.ss_head_key(args, teacher, torch.device(device))
-
-    others = [key("--t-lr", "0.01"), key("--seed", "1"), key(teacher="another"), key(device="cuda")]
-    assert len({key(), *others}) == 5
-    assert key("--tf-weight", "0", "--lr", "0.3", "--s-arch", "vgg8") == key()
 
 
 def png(value):
