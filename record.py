@@ -41,18 +41,8 @@ from torch import Tensor, nn
 from utils import Fault, UserError, device_name
 
 # flags that change no result
-HARMLESS = (
-    "gpu_id",
-    "data_root",
-    "data_url",
-    "experiments",
-    "overwrite",
-    "evaluate",
-    "t_path",
-    "t_arch",
-    "s_path",
-    "export",
-)
+HARMLESS = {"gpu_id", "data_root", "data_url", "experiments", "overwrite", "evaluate"}
+HARMLESS |= {"t_path", "t_arch", "s_path", "export"}
 SUMMARY = "best_acc", "best_epoch", "last_acc"  # what every result.json holds
 CONDITIONS = "commit", "python", "torch", "device", "threads"  # of which the last digits of a run may depend
 
@@ -97,18 +87,16 @@ def entry(*kinds: type[Exception]) -> Callable:
             except (Fault, OSError, MemoryError) as error:
                 status, line = 1, f"error: {str(error) or type(error).__name__}"
             except Stopped as stop:
-                begun_anew = "--overwrite" in (sys.argv if argv is None else argv)
-                command = (
-                    "the same command without --overwrite continues" if begun_anew else "the same command continues"
-                )
-                status, line = 128 + stop.args[0], f"stopped by {signal.Signals(stop.args[0]).name}; {command}"
+                anew = " without --overwrite" if "--overwrite" in (sys.argv if argv is None else argv) else ""
+                name = signal.Signals(stop.args[0]).name
+                status, line = 128 + stop.args[0], f"stopped by {name}; the same command{anew} continues"
             if status < 128:
                 for number, handler in handlers.items():
                     signal.signal(number, handler)
             if line and sys.stderr is not None:
-                name = f"{main.__module__}.py" if main.__module__ != "__main__" else Path(sys.argv[0]).name
+                script = f"{main.__module__}.py" if main.__module__ != "__main__" else Path(sys.argv[0]).name
                 with contextlib.suppress(OSError):
-                    print(f"{name}: {_printable(line)}", file=sys.stderr)
+                    print(f"{script}: {_printable(line)}", file=sys.stderr)
             if status:
                 sys.exit(status)
 
@@ -119,8 +107,7 @@ def entry(*kinds: type[Exception]) -> Callable:
 
 def _printable(text: str) -> str:
     """`text` in one line, with escape codes and whatever else is not to be seen written out."""
-    escaped = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(text.split()))
-    return "".join(escaped)
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(text.split()))
 
 
 # ------------------------------------------------------------------------------------------------------------- files
@@ -255,7 +242,8 @@ class Run:
             raise UserError(f"{self.folder} is not a folder; move it away")
         config, result, last = self.folder / "config.json", self.folder / "result.json", self.ckpt / "last.pth"
         if not config.exists():
-            self._refuse([path for path in self.folder.rglob("*") if not _of_a_start(path)], "no config.json of a run")
+            others = [path for path in self.folder.rglob("*") if not _of_a_start(path)]
+            self._refuse(others, "no config.json of a run: move it away")
             return None, None
         before = _read_json(config).get("flags")
         if not isinstance(before, dict):
@@ -268,21 +256,21 @@ class Run:
                 "--experiments folder (a schedule that has begun can't be lengthened: its rate has already fallen)"
             )
         beside = [path for path in self.folder.glob("*best*") if path.is_file()]
-        self._refuse(beside, "students would read it instead of the one in ckpt/")
+        self._refuse(beside, "students would read it instead of the one in ckpt/: move it away")
         if result.exists():
             content = _read_json(result)
             if not all(isinstance(content.get(name), int | float) for name in SUMMARY):
                 raise UserError(f"{result} is damaged; use --overwrite to start anew")
             return content, None
         if not last.exists():
-            self._refuse(sorted(self.ckpt.glob("*.pth")), "no last.pth to continue from; put it back")
+            self._refuse(sorted(self.ckpt.glob("*.pth")), "no last.pth to continue from: put that back")
             return None, None
         return None, self._read_last(last)
 
     def _refuse(self, found: list[Path], but: str) -> None:
         if found:
             name = found[0].relative_to(self.folder)
-            raise UserError(f"{self.folder} holds {name}, but {but}; move it away, or --overwrite deletes it")
+            raise UserError(f"{self.folder} holds {name}, but {but}, or --overwrite deletes all")
 
     def _read_last(self, path: Path) -> dict:
         """last.pth, checked to be of this run and to hold what `start` and `epochs` read from it."""

@@ -56,32 +56,47 @@ def made(folder, *more):
 # ------------------------------------------------------------------------------------------------ how a script ends
 
 
-def ended(program, **kwargs):
-    """A program of a few lines, in a process of its own, in which `main` is to be decorated."""
-    lines = ["import os, signal, sys", "import record, utils", *program, "record.entry(KeyError)(main)([])"]
-    return subprocess.run([sys.executable, "-c", "\n".join(lines)], cwd=ROOT, capture_output=True, text=True, **kwargs)
-
-
 @pytest.mark.parametrize(
     ("error", "status", "line"),
     [
-        ("utils.UserError('do this')", 2, "error: do this"),
-        ("KeyError('that')", 2, "error: 'that'"),
-        ("utils.Fault('broken')", 1, "error: broken"),
-        ("OSError(28, 'No space left on device', 'f')", 1, "error: [Errno 28] No space left on device: 'f'"),
-        ("MemoryError()", 1, "error: MemoryError"),
-        ("utils.UserError('a\\n\\x1b[31m b\\udcff')", 2, "error: a \\x1b[31m b\\udcff"),
+        (utils.UserError("do this"), 2, "error: do this"),
+        (KeyError("that"), 2, "error: 'that'"),
+        (utils.Fault("broken"), 1, "error: broken"),
+        (OSError(errno.ENOSPC, "No space left on device", "f"), 1, "error: [Errno 28] No space left on device: 'f'"),
+        (MemoryError(), 1, "error: MemoryError"),
+        (
+            torch.OutOfMemoryError("much text"),
+            1,
+            "error: the device is out of memory; a smaller --batch-size needs less",
+        ),
+        (utils.UserError("a\n\x1b[31m b\udcff"), 2, "error: a \\x1b[31m b\\udcff"),
     ],
 )
-def test_errors_end_in_one_printable_line_and_a_status(error, status, line):
-    done = ended(["def main(argv):", f"    raise {error}"])
-    assert (done.returncode, done.stdout, done.stderr) == (status, "", f"-c: {line}\n")
+def test_errors_end_in_one_printable_line_and_a_status(error, status, line, capsys):
+    @record.entry(KeyError)
+    def main(argv):
+        raise error
+
+    before = signal.getsignal(signal.SIGTERM)
+    assert end_of(main, []) == status
+    assert capsys.readouterr().err == f"test_record.py: {line}\n"
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_a_second_signal_does_not_disturb_the_ending_of_the_first():
-    first, second = (f"os.kill(os.getpid(), signal.{name})" for name in ("SIGTERM", "SIGINT"))
-    done = ended(["def main(argv):", "    try:", f"        {first}", "    finally:", f"        {second}"])
-    assert (done.returncode, done.stderr) == (143, "-c: stopped by SIGTERM; the same command continues\n")
+def test_a_second_signal_does_not_disturb_the_ending_of_the_first(capsys):
+    @record.entry()
+    def main(argv):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        finally:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    status = end_of(main, [])
+    for number, handler in zip((signal.SIGINT, signal.SIGTERM), before, strict=True):
+        signal.signal(number, handler)  # the entry leaves them ignored, for the process is about to end
+    assert status == 143
+    assert capsys.readouterr().err == "test_record.py: stopped by SIGTERM; the same command continues\n"
 
 
 @pytest.mark.parametrize("script", ["teacher.py", "student.py"])
@@ -476,7 +491,7 @@ def test_a_run_that_lost_its_last_checkpoint_is_not_begun_again(tmp_path, fails)
     (folder / "ckpt" / "last.pth").unlink()
     before = contents(folder)
     line = fails(teacher.main, *flags)
-    assert "holds ckpt/001.pth, but no last.pth to continue from; put it back" in line
+    assert "holds ckpt/001.pth, but no last.pth to continue from: put that back" in line
     assert contents(folder) == before
 
 
