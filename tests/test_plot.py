@@ -39,14 +39,14 @@ def test_the_readers_own_matplotlib_settings_do_not_change_the_figure(tmp_path):
 @pytest.mark.parametrize("images, ratio", [(5, 0.75), (8, 0.5), (8, 0.0), (8, 1.0)])
 def test_the_figure_drops_the_rows_that_selective_transfer_drops(images, ratio):
     teacher, student, kept = plot.similarities(images, ratio)
-    mask = losses.selective_mask(torch.tensor(teacher), losses.own_image(3 * images, "cpu"), ratio)
+    mask = losses.selective_mask(torch.tensor(teacher), losses.positives(torch.tensor(teacher)), ratio)
     assert kept.tolist() == mask.tolist()
     assert abs(teacher).max() <= 1 and abs(student).max() <= 1
 
 
 def test_the_figure_shows_a_row_that_is_dropped_and_wrong_rows_that_are_kept():
     teacher, _, kept = plot.similarities()
-    right = (torch.tensor(teacher).argmax(1) == losses.own_image(15, "cpu")).numpy()
+    right = (torch.tensor(teacher).argmax(1) == losses.positives(torch.tensor(teacher))).numpy()
     assert not kept.all() and (kept & ~right).any() and kept[right].all()
 
 
