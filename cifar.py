@@ -6,17 +6,24 @@ Every draw of an epoch (order, flips, crops) is made at its start from (seed, ph
 it is the same on every device and a resumed run sees what an uninterrupted one would have seen.
 """
 
+import contextlib
 import hashlib
+import os
+import sys
 from argparse import Namespace
+from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 from torchvision import datasets as tv
+from tqdm import tqdm
 
 SIDE, PAD = 32, 4
 SHIFTS = 2 * PAD + 1  # a crop starts at 0 … 8, downwards and to the right
@@ -29,6 +36,12 @@ STATISTICS = {
     "synthetic": ((0.4330,) * 3, (0.1820,) * 3),
 }
 NUM_CLASSES = {"cifar100": 100, "cifar10": 10, "fashion_mnist": 10, "synthetic": 100}
+
+# CIFAR-100's number of images and what `in_hash_order` says of their content
+CIFAR100 = {
+    "train": (50_000, "640c97a4012a8aebfcaf57fd82a33dd43b37d2e397a02cb9b0a3d89e6d6d936d"),
+    "test": (10_000, "a6a97df7b61bc7420bc44268696e8963d33129bc050978f2a63d8fe3420989fa"),
+}
 
 
 class DataError(ValueError):
@@ -212,6 +225,8 @@ def load(args: Namespace, device: torch.device | str) -> tuple[Images, Images]:
     for train, size in ((True, args.train_size), (False, args.test_size)):
         if name == "synthetic":
             pixels, labels = synthetic(train, size)
+        elif name == "cifar100":
+            pixels, labels = cifar100("train" if train else "test", Path(args.data_root), args.data_url)
         else:
             pixels, labels = _read(name, args.data_root, train, args.data_url)
         if size is not None and size > len(pixels):
@@ -225,6 +240,99 @@ def load(args: Namespace, device: torch.device | str) -> tuple[Images, Images]:
             labels = label_noise(labels, args.label_noise, NUM_CLASSES[name], args.seed)
         splits.append(Images(pixels, labels, STATISTICS[name], device, args.batch_size, args.seed))
     return splits[0], splits[1]
+
+
+def cifar100(split: str, root: Path, url: str | None = None) -> tuple[Tensor, Tensor]:
+    """CIFAR-100 from class folders below `root` if there are any, else from torchvision's archive, which it downloads.
+
+    Either way these are the same images in the same order, and their content is checked.
+
+    Raises:
+        DataError: an image is missing, damaged, changed, in the wrong class or one too many.
+    """
+    folders = [root / name for name in ("cifar100", "CIFAR-100-dataset", ".")]
+    folder = next((folder for folder in folders if all((folder / half).is_dir() for half in CIFAR100)), None)
+    if folder is None:
+        pixels, labels = _read("cifar100", root, split == "train", url)
+        order, content = in_hash_order(pixels.numpy(), labels.numpy())
+        if content != CIFAR100[split][1]:
+            raise DataError(f"{root}: the archive's {split} split is not CIFAR-100's; put a good copy there")
+        return pixels[order], labels[order]
+    pixels, labels, order = _from_class_folders(folder / split, split, root / f"cifar100_{split}.npy")
+    return torch.from_numpy(pixels[order]), torch.from_numpy(labels[order].astype(np.int64))
+
+
+def in_hash_order(pixels: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, str]:
+    """An order of images that any source of them gives alike, and a name for their content.
+
+    Args:
+        pixels: (N, 32, 32, 3) uint8.
+        labels: (N,) below 256.
+
+    Returns:
+        The order by the SHA-256 of an image's bytes, ties by label: (N,). The SHA-256 over the sorted SHA-256 digests
+        of each image's bytes and label.
+    """
+    keys, contents = [], []
+    for image, label in zip(np.ascontiguousarray(pixels), labels.tolist(), strict=True):
+        sha256 = hashlib.sha256(image)
+        keys.append((sha256.digest(), label))
+        sha256.update(bytes([label]))
+        contents.append(sha256.digest())
+    order = sorted(range(len(keys)), key=keys.__getitem__)
+    return np.array(order), hashlib.sha256(b"".join(sorted(contents))).hexdigest()
+
+
+def _from_class_folders(folder: Path, split: str, kept: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Pixels, labels and hash order of `folder`/CLASS/*.png, kept as the one file `kept` for the next time.
+
+    The file is checked like the images, so a damaged or half-written one is only made again.
+    """
+    count, expected = CIFAR100[split]
+    with contextlib.suppress(OSError, ValueError):
+        rows = np.load(kept)
+        pixels, labels = rows[:, :-1].reshape(-1, SIDE, SIDE, 3), rows[:, -1]
+        order, content = in_hash_order(pixels, labels)
+        if content == expected:
+            return pixels, labels, order
+    try:
+        images = tv.ImageFolder(str(folder))
+    except FileNotFoundError as error:  # no class, or one without an image
+        raise DataError(f"{folder}: {error}; CIFAR-100 has 100 classes with images in each") from error
+    each = Counter(label for _, label in images.samples)
+    uneven = [name for name, label in images.class_to_idx.items() if each[label] != count // 100]
+    if len(images.classes) != 100 or uneven:
+        what = f"{len(images.classes)} classes" if len(images.classes) != 100 else ""
+        what = what or f"{each[images.class_to_idx[uneven[0]]]} images of {uneven[0]}"
+        raise DataError(f"{folder} holds {what}; CIFAR-100 has 100 classes of {count // 100} images each there")
+    with ThreadPoolExecutor() as pool:  # Pillow decodes outside Python's lock
+        read = pool.map(_read_image, [path for path, _ in images.samples])
+        pixels = np.stack(list(tqdm(read, f"reading {folder}", count, unit=" images", leave=False, disable=_silent())))
+    labels = np.array([label for _, label in images.samples], np.uint8)
+    order, content = in_hash_order(pixels, labels)
+    if content != expected:
+        raise DataError(f"{folder}: an image is not CIFAR-100's or lies in the wrong class; fetch the folders again")
+    rows = np.concatenate([pixels.reshape(count, -1), labels[:, None]], 1)
+    with contextlib.suppress(OSError):  # a root that can't be written to is read again next time
+        part = kept.with_name(f".{kept.name}.{os.getpid()}.part.npy")
+        np.save(part, rows)
+        os.replace(part, kept)
+    return pixels, labels, order
+
+
+def _silent() -> bool | None:
+    return True if sys.stderr is None else None  # None: silent unless stderr is a terminal
+
+
+def _read_image(path: str) -> np.ndarray:
+    try:
+        with Image.open(path) as image:
+            pixels = np.asarray(image.convert("RGB"))
+    except Exception as error:  # Pillow raises many kinds for damaged files
+        raise DataError(f"{path} cannot be read as an image; fetch it again") from error
+    if pixels.shape != (SIDE, SIDE, 3):
+        raise DataError(f"{path} has {pixels.shape[1]} × {pixels.shape[0]} pixels; CIFAR-100's have 32 × 32")
+    return pixels
 
 
 def _read(name: str, root: str | Path, train: bool, url: str | None) -> tuple[Tensor, Tensor]:

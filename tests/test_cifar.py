@@ -12,6 +12,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torchvision.transforms import functional as tvf
 
 import cifar
@@ -165,15 +166,48 @@ def test_sizes_keep_the_first_images():
         load("synthetic", "nowhere", "--test-size", "2001")
 
 
+CLASSES = [f"class{i:02d}" for i in range(100)]
+
+
+def content_of(planes, numbers):
+    """DESIGN's name for the content of images (N, 3, 1024), reckoned anew."""
+    digests = []
+    for plane, number in zip(planes, numbers, strict=True):
+        image = plane.reshape(3, 1024).T.tobytes()  # height, width, channel
+        digests.append(hashlib.sha256(image + bytes([number])).digest())
+    return hashlib.sha256(b"".join(sorted(digests))).hexdigest()
+
+
 @pytest.fixture
-def cifar100_archive(tmp_path, monkeypatch):
-    """A tiny archive in the layout of CIFAR-100, whose md5 sums torchvision is told to expect."""
+def tiny_cifar100(monkeypatch):
+    """{split: (planes (N, 3072), labels)} of a CIFAR-100 with two training images and a test image a class."""
     rng = np.random.default_rng(0)
-    contents = {}
-    for name, count in (("train", 6), ("test", 4)):
-        planes = rng.integers(0, 256, (count, 3072), dtype=np.uint8)
-        contents[name] = pickle.dumps({"data": planes, "fine_labels": list(range(count))})
-    contents["meta"] = pickle.dumps({"fine_label_names": [str(i) for i in range(100)]})
+    splits = {}
+    for split, count in (("train", 200), ("test", 100)):
+        planes, numbers = rng.integers(0, 256, (count, 3072), dtype=np.uint8), rng.permutation(count) % 100
+        splits[split] = planes, numbers.tolist()
+        monkeypatch.setitem(cifar.CIFAR100, split, (count, content_of(planes, numbers.tolist())))
+    return splits
+
+
+@pytest.fixture
+def class_folders(tiny_cifar100, tmp_path):
+    """The same as class folders of PNG files below a data root, in an order of their own; the data root."""
+    root = tmp_path / "folders"
+    for split, (planes, numbers) in tiny_cifar100.items():
+        for i, (plane, number) in enumerate(zip(planes, numbers, strict=True)):
+            place = root / "cifar100" / split / CLASSES[number]
+            place.mkdir(parents=True, exist_ok=True)
+            pixels = np.ascontiguousarray(plane.reshape(3, 32, 32).transpose(1, 2, 0))
+            Image.fromarray(pixels).save(place / f"{i * 7919 % 1000}.png")
+    return root
+
+
+@pytest.fixture
+def cifar100_archive(tiny_cifar100, tmp_path, monkeypatch):
+    """The same as an archive in torchvision's layout, whose md5 sums torchvision is told to expect."""
+    contents = {s: pickle.dumps({"data": x, "fine_labels": y}) for s, (x, y) in tiny_cifar100.items()}
+    contents["meta"] = pickle.dumps({"fine_label_names": CLASSES})
     source = tmp_path / "mirror" / "cifar-100-python"
     source.mkdir(parents=True)
     for name, content in contents.items():
@@ -191,24 +225,115 @@ def cifar100_archive(tmp_path, monkeypatch):
     monkeypatch.setattr(dataset, "train_list", [["train", md5(contents["train"])]])
     monkeypatch.setattr(dataset, "test_list", [["test", md5(contents["test"])]])
     monkeypatch.setattr(dataset, "meta", {"filename": "meta", "key": "fine_label_names", "md5": md5(contents["meta"])})
-    return archive, pickle.loads(contents["train"])["data"]
+    return archive
 
 
-def test_an_archive_put_into_the_data_root_is_read(cifar100_archive, tmp_path):
-    archive, planes = cifar100_archive
+def test_an_archive_put_into_the_data_root_is_read(cifar100_archive, tiny_cifar100, tmp_path):
     root = tmp_path / "data"
     root.mkdir()
-    (root / archive.name).write_bytes(archive.read_bytes())
-    train, test = load("cifar100", root)
-    assert (len(train), len(test)) == (6, 4)
-    assert np.array_equal(train.pixels.numpy(), planes.reshape(6, 3, 32, 32).transpose(0, 2, 3, 1))
-    assert train.labels.tolist() == [0, 1, 2, 3, 4, 5]
+    (root / cifar100_archive.name).write_bytes(cifar100_archive.read_bytes())
+    for images, (planes, numbers) in zip(load("cifar100", root), tiny_cifar100.values(), strict=True):
+        pixels = [np.ascontiguousarray(plane.reshape(3, 32, 32).transpose(1, 2, 0)) for plane in planes]
+        order = sorted(range(len(pixels)), key=lambda i: hashlib.sha256(pixels[i].tobytes()).hexdigest())
+        assert np.array_equal(images.pixels.numpy(), np.stack([pixels[i] for i in order]))
+        assert images.labels.tolist() == [numbers[i] for i in order]
+
+
+@pytest.mark.parametrize("place", ["cifar100", "CIFAR-100-dataset", "."])
+def test_class_folders_are_the_same_data_set_as_the_archive(place, class_folders, cifar100_archive, tmp_path, capfd):
+    root = tmp_path / "data"
+    root.mkdir()
+    (root / cifar100_archive.name).write_bytes(cifar100_archive.read_bytes())
+    archive = load("cifar100", root)
+    if place == ".":
+        class_folders = class_folders / "cifar100"
+    else:
+        (class_folders / "cifar100").rename(class_folders / place)
+    capfd.readouterr()
+    first, second = load("cifar100", class_folders), load("cifar100", class_folders)  # read, and read from the one file
+    assert {path.name for path in class_folders.glob("*.npy")} == {"cifar100_train.npy", "cifar100_test.npy"}
+    for images in zip(archive, first, second, strict=True):
+        for other in images[1:]:
+            assert torch.equal(images[0].pixels, other.pixels)
+            assert torch.equal(images[0].labels, other.labels)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_the_second_start_reads_no_image(class_folders, monkeypatch):
+    first = load("cifar100", class_folders)
+    monkeypatch.setattr(cifar, "_read_image", None)
+    assert torch.equal(load("cifar100", class_folders)[0].pixels, first[0].pixels)
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "other shape", "text"])
+def test_a_damaged_file_of_all_images_is_made_again(damage, class_folders):
+    expected = load("cifar100", class_folders)[0].pixels
+    kept = class_folders / "cifar100_train.npy"
+    good = kept.read_bytes()
+    rows = np.load(kept)
+    if damage == "other shape":
+        np.save(kept, rows[:, :100])
+    else:
+        flipped = good[:5000] + bytes([good[5000] ^ 1]) + good[5001:]
+        kept.write_bytes({"cut": good[: len(good) // 2], "flipped": flipped, "text": b"text"}[damage])
+    assert torch.equal(load("cifar100", class_folders)[0].pixels, expected)
+    assert kept.read_bytes() == good
+
+
+def test_a_root_that_cannot_be_written_to_is_read_each_time(class_folders, monkeypatch):
+    def read_only(*_):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(np, "save", read_only)
+    assert len(load("cifar100", class_folders)[0]) == 200
+    assert not list(class_folders.glob("*.npy"))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ("missing", "holds 1 images of class05; CIFAR-100 has 100 classes of 2 images each there"),
+        ("extra", "holds 3 images of class05"),
+        ("no image", "class05"),
+        ("no class", "holds 99 classes"),
+        ("damaged", "cannot be read as an image; fetch it again"),
+        ("larger", "has 40 × 30 pixels; CIFAR-100's have 32 × 32"),
+        ("changed", "an image is not CIFAR-100's or lies in the wrong class"),
+        ("exchanged", "an image is not CIFAR-100's or lies in the wrong class"),
+    ],
+)
+def test_class_folders_that_are_not_cifar100_are_told(change, says, class_folders):
+    train = class_folders / "cifar100" / "train"
+    first, second = sorted((train / "class05").iterdir())
+    other = min((train / "class06").iterdir())
+    if change == "missing":
+        first.unlink()
+    elif change == "extra":
+        (train / "class05" / "more.png").write_bytes(other.read_bytes())
+    elif change in ("no image", "no class"):
+        first.unlink(), second.unlink()
+        if change == "no class":
+            (train / "class05").rmdir()
+    elif change == "damaged":
+        first.write_bytes(first.read_bytes()[:500])
+    elif change == "larger":
+        Image.new("RGB", (40, 30)).save(first)
+    elif change == "changed":
+        pixels = np.array(Image.open(first))
+        pixels[3, 4, 1] ^= 1
+        Image.fromarray(pixels).save(first)
+    else:
+        a, b = first.read_bytes(), other.read_bytes()
+        first.write_bytes(b), other.write_bytes(a)
+    with pytest.raises(cifar.DataError, match=says):
+        load("cifar100", class_folders)
+    assert not list(class_folders.glob("*.npy"))
 
 
 @pytest.fixture
 def mirror(cifar100_archive):
     """A web server on this machine with the archive; its address."""
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(cifar100_archive[0].parent))
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(cifar100_archive.parent))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}/cifar-100-python.tar.gz"
@@ -217,7 +342,7 @@ def mirror(cifar100_archive):
 
 def test_a_mirror_serves_the_archive(mirror, tmp_path, capfd):
     train, _ = load("cifar100", tmp_path / "data", "--data-url", mirror)
-    assert len(train) == 6
+    assert len(train) == 200
 
 
 def test_missing_data_says_where_the_archive_goes(cifar100_archive, tmp_path, capfd):
@@ -226,8 +351,7 @@ def test_missing_data_says_where_the_archive_goes(cifar100_archive, tmp_path, ca
 
 
 def test_a_mirror_with_other_content_is_refused(cifar100_archive, mirror, tmp_path, capfd):
-    archive, _ = cifar100_archive
-    archive.write_bytes(archive.read_bytes() + b"more")
+    cifar100_archive.write_bytes(cifar100_archive.read_bytes() + b"more")
     with pytest.raises(cifar.DataError, match="corrupted"):
         load("cifar100", tmp_path / "data", "--data-url", mirror)
 
