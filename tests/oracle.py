@@ -116,3 +116,20 @@ NAMES = [
 def images(height: int = 32) -> Tensor:
     """(4, 3, height, height): the input of the golden figures of the models."""
     return (1.5 * hashed(999, (4, 3, height, height))).float()
+
+
+COMPARED = json.loads((Path(__file__).parent / "golden" / "compared.json").read_text())
+LATER = json.loads((Path(__file__).parent / "golden" / "later.json").read_text())
+
+
+def rounded(key: int, shape: tuple[int, ...] | list[int], scale: float = 1.0) -> Tensor:
+    """float64, but rounded to float32: the inputs of the compared methods' figures (golden/COMPARED.md)."""
+    return (hashed(key, tuple(shape)) * scale).float().double()
+
+
+@torch.no_grad()
+def fill_rounded(model: nn.Module, base: int) -> nn.Module:
+    """`fill`, with values rounded to float32."""
+    for tensor in fill(model, base).state_dict().values():
+        tensor.copy_(tensor.float())
+    return model
