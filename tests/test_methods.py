@@ -810,6 +810,7 @@ def test_each_step_of_crd_draws_anew_from_seed_epoch_and_step(batch, monkeypatch
     for seed, epoch in ((0, 1), (0, 2), (1, 1), (1, 2), (0, 1)):
         method.start_epoch(seed, epoch)
         crd_steps(method, batch, 3)
+    assert all((batch.labels[torch.tensor(draw)] != batch.target[:, None]).all() for draw in drawn)
     first, again = drawn[:12], drawn[12:]
     assert again == drawn[:3]
     assert len({str(draw) for draw in first}) == 12
@@ -892,6 +893,8 @@ def test_negatives_repeat_only_where_there_are_too_few():
     assert abs(chi_square(np.bincount(few.flatten() - 5), few.numel() / 3)) < 4
     assert abs(chi_square(np.bincount((few[:, 0] - 5) * 3 + few[:, 1] - 5), len(few) / 9)) < 4
     assert abs(chi_square(np.bincount(enough.flatten()), enough.numel() / 5)) < 4
+    just_enough = draws(class_of, torch.tensor([1]), 5, True, steps=20)
+    assert just_enough.sort().values.tolist() == [list(range(5))] * 20
 
 
 def test_more_negatives_than_images_are_drawn_with_replacement(batch):
