@@ -24,10 +24,10 @@ What whoever trains a method has to know of it, beyond calling it; an attribute 
     choose_pair(t_arch, s_arch)   sets what differs from pair to pair
     start_epoch(seed, epoch)      to be called before the first step of each epoch (from 1) of the main phase
 
-`set_phase` reads the modules: it sets the modes and returns what the optimizer trains. Everything that a method draws
-follows from (seed, epoch, step), and what start_epoch sets is no part of the state dict: a run is resumed at the start
-of an epoch. The teacher gets no gradient, except CRD's own embedding of it. Half-precision features are raised to
-float32. A step has no shape that depends on values and asks the device for none, so it compiles as one graph.
+`set_phase` reads the modules: it sets the modes and returns what trains. Everything that a method draws follows from
+(seed, epoch, step), and what start_epoch sets is no part of the state dict: a run is resumed at the start of an epoch.
+The teacher gets no gradient, except CRD's own embedding of it. Half-precision features are raised to float32. A step
+has no shape that depends on values and asks the device for none, so it compiles as one graph.
 """
 
 import math
@@ -45,8 +45,12 @@ class Outputs(NamedTuple):
     logits: Tensor
 
 
-def set_phase(method: nn.Module, network: nn.Module, first: bool = False) -> list[nn.Parameter]:
-    """Sets method and student network to the modes of a phase and returns the parameters that train in it.
+class MethodError(ValueError):
+    """The method can't be used with these networks or images; the message says why."""
+
+
+def set_phase(method: nn.Module, network: nn.Module, first: bool = False) -> nn.ModuleList:
+    """Sets method and student network to the modes of a phase and returns the modules that train in it.
 
     What trains is in train mode. In the first phase all else is in eval mode and stays as it is; in the main phase the
     network trains, and of the method all that `main_modules` does not leave out.
@@ -57,9 +61,7 @@ def set_phase(method: nn.Module, network: nn.Module, first: bool = False) -> lis
         modules = [network, *(method.main_modules() if hasattr(method, "main_modules") else [method])]
     network.eval()
     method.eval()
-    for module in modules:
-        module.train()
-    return [parameter for module in modules for parameter in module.parameters()]
+    return nn.ModuleList(modules).train()
 
 
 def _full(x: Tensor) -> Tensor:
@@ -120,7 +122,7 @@ class Regressor(nn.Module):
     """Convolution and BN that bring a student's map (N, C, H, W) to the teacher's shape.
 
     Raises:
-        ValueError: the student's map is smaller, but not by half.
+        MethodError: the student's map is smaller, but not by half.
     """
 
     def __init__(self, s_map: Tensor, t_map: Tensor):
@@ -133,7 +135,8 @@ class Regressor(nn.Module):
         elif s_height >= t_height:
             self.conv = nn.Conv2d(s_width, t_width, (1 + s_height - t_height, 1 + w - t_w))
         else:
-            raise ValueError(f"no adapter from the student's map of height {s_height} to the teacher's of {t_height}")
+            heights = f"from the student's map of height {s_height} to the teacher's of {t_height}"
+            raise MethodError(f"no adapter leads {heights}; choose another method or pair")
         self.bn = nn.BatchNorm2d(t_width)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -302,7 +305,7 @@ class AB(nn.Module):
     Departs: the connector is a spatial convolution with bias and BN, and unused after the first phase.
 
     Raises:
-        ValueError: the networks have unequal numbers of maps, or a student's map is smaller, but not by half.
+        MethodError: the networks have unequal numbers of maps, or a student's map is smaller, but not by half.
     """
 
     weight = 1.0
@@ -312,7 +315,8 @@ class AB(nn.Module):
     def __init__(self, student: Outputs, teacher: Outputs, labels: Tensor):
         super().__init__()
         if len(student.features) != len(teacher.features):
-            raise ValueError(f"ab compares maps one by one: {len(student.features)} and {len(teacher.features)}")
+            maps = f"the student has {len(student.features) - 2} of them, the teacher {len(teacher.features) - 2}"
+            raise MethodError(f"ab compares the maps of the stages one by one: {maps}; choose another method or pair")
         self.connectors = nn.ModuleList(
             nn.Identity() if s.shape[1:3] == t.shape[1:3] else Regressor(s, t) for s, t in _middle(student, teacher)
         )
@@ -515,7 +519,7 @@ class CRD(nn.Module):
     Departs: a constant Z, which the paper's h does not have; T as in the code (the paper's text names another).
 
     Raises:
-        ValueError: the training set has one class only.
+        MethodError: the training set has one class only.
     """
 
     weight = 0.8
@@ -527,7 +531,7 @@ class CRD(nn.Module):
         super().__init__()
         images, others = len(labels), len(labels) - int(labels.bincount().max())
         if not others:
-            raise ValueError("crd draws its negatives from other classes, and the training set has one class only")
+            raise MethodError("crd draws negatives of other classes, and the training set has one class only")
         self.replace = self.negatives > others
         self.embed_s = nn.Linear(student.features[-1].shape[1], self.dim)
         self.embed_t = nn.Linear(teacher.features[-1].shape[1], self.dim)

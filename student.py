@@ -14,7 +14,6 @@ import signal
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while PyTorch is imported, which takes seconds, just ends it
 
-import os
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -26,9 +25,9 @@ import cifar
 import models
 import utils
 from losses import VIEWS, SSKDTerms, positives, similarity_matrix, split_views, ss_head_loss, sskd_terms
-from record import Run, entry, fingerprint, refuse_unfinished, write_atomically
+from record import Run, entry, export
 from teacher_store import SSHeadFile
-from wrapper import Wrapper, fold_batch_norms
+from wrapper import Wrapper, fold_batch_norms, load_teacher
 
 Data = tuple[cifar.Images, cifar.Images]  # training, test
 
@@ -36,13 +35,9 @@ Data = tuple[cifar.Images, cifar.Images]  # training, test
 def parse_args(argv: list[str] | None) -> Namespace:
     parser = utils.make_parser("Distils a teacher into a student with SSKD.", cifar.STATISTICS)
     rate, weight, ratio = utils.number(float, 0, above=True), utils.number(float, 0), utils.number(float, 0, 1)
-    temperature, count, known = rate, utils.number(int, 1), ", ".join(models.model_dict)
+    temperature, count = rate, utils.number(int, 1)
 
-    add = parser.add_argument_group("networks").add_argument
-    add("--t-path", help="the teacher: a run folder of teacher.py, or a checkpoint file")
-    add("--t-arch", help="the teacher's network, where neither its checkpoint nor its folder's name tells")
-    add("--s-arch", choices=models.model_dict, metavar="NETWORK", help=f"the student's network: one of {known}")
-    add("--export", metavar="FILE", help="write the trained student's backbone there, by torch.export")
+    add = utils.add_networks(parser, models.model_dict)
     add("--s-path", help="export this student (a run folder or checkpoint) instead of training one")
 
     add = parser.add_argument_group("the teacher's SS head (the backbone stays frozen)").add_argument
@@ -64,18 +59,11 @@ def parse_args(argv: list[str] | None) -> Namespace:
     add("--ratio-ss", type=ratio, default=0.75, help="share of the teacher's wrong matches that ss imitates")
 
     args = parser.parse_args(argv)
-    if args.export is not None:
-        file = Path(args.export)
-        if file.is_dir() or not file.name or not file.parent.is_dir():
-            parser.error(f"--export {args.export or repr('')}: give a file's name, in a folder that exists")
-        if file.exists() and file.suffix != ".pt2":  # it might be a checkpoint
-            parser.error(f"--export {file}: is there already; only a file that ends in .pt2 is replaced")
-    elif args.s_path is not None:
+    utils.check_export(parser, args)
+    if args.s_path is None:
+        utils.check_networks(parser, args, models.model_dict)
+    elif args.export is None:
         parser.error("--s-path is for --export: give the file to write, too")
-    if args.s_path is None and args.t_path is None:
-        parser.error("--t-path is missing: the folder of a trained teacher, or its checkpoint")
-    if args.s_path is None and args.s_arch is None:
-        parser.error(f"--s-arch is missing; the known ones are {known}")
     if args.batch_size == 1:
         parser.error("--batch-size 1: a view needs other images to be told from; use at least 2")
     if not any((args.ce_weight, args.kd_weight, args.tf_weight, args.ss_weight)):
@@ -88,18 +76,13 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     path = args.s_path if args.s_path is not None else train(args)
     if args.export is not None:
-        backbone = models.load(path, args.s_arch, cifar.NUM_CLASSES[args.dataset])
-        write_atomically(Path(args.export), models.exported(backbone))
-        print(f"exported: {args.export}, read back with torch.export.load and checked", flush=True)
+        export(args.export, models.exported(models.load(path, args.s_arch, cifar.NUM_CLASSES[args.dataset])))
 
 
 def train(args: Namespace) -> Path:
     """Steps 2 and 3, or what a stopped run left of them; returns the run's folder."""
-    refuse_unfinished(Path(args.t_path))
-    checkpoint = models.find_checkpoint(args.t_path)
-    backbone = models.load(checkpoint, args.t_arch, cifar.NUM_CLASSES[args.dataset])
-    weights = fingerprint(backbone)
-    run = Run(run_folder(args, checkpoint), args, teacher=weights)
+    checkpoint = load_teacher(args.t_path, args.t_arch, cifar.NUM_CLASSES[args.dataset])
+    run = Run(run_folder(args, checkpoint.folder), args, teacher=checkpoint.fingerprint)
     if run.finished(product="student_best.pth" if args.export else None):
         return run.folder
     device = utils.pick_device(args.gpu_id)
@@ -108,25 +91,22 @@ def train(args: Namespace) -> Path:
     utils.set_up(args.seed, device, args.deterministic)
     autocast = utils.precision(args.amp, device)
 
-    teacher = Wrapper(backbone).to(device, memory_format=torch.channels_last)
-    _, acc = utils.evaluate(teacher.backbone, data[1], autocast, "test of the teacher")
-    print(f"teacher: {checkpoint}, test accuracy {acc:.2f}", flush=True)
+    teacher = Wrapper(checkpoint.network).to(device, memory_format=torch.channels_last)
+    utils.report_teacher(teacher.backbone, checkpoint.file, data[1], autocast)
     frozen = fold_batch_norms(teacher)  # its SS head is the teacher's own
-    train_ss_head(args, run, frozen, data, autocast, SSHeadFile(args, checkpoint, weights, device))
+    train_ss_head(args, run, frozen, data, autocast, SSHeadFile(args, checkpoint.file, checkpoint.fingerprint, device))
     run.keep("teacher.pth", teacher.state_dict())
     distil(args, run, frozen, data, autocast)
     return run.folder
 
 
-def run_folder(args: Namespace, checkpoint: Path) -> Path:
+def run_folder(args: Namespace, teacher: str) -> Path:
     """experiments/sskd_student_…: named by the flags of the loss and by the teacher's folder."""
-    teacher = Path(os.path.abspath(checkpoint)).parent
-    teacher = teacher.parent if teacher.name == "ckpt" else teacher
     return Path(args.experiments) / (
         f"sskd_student_{args.s_arch}"
         f"_weight{args.ce_weight}+{args.kd_weight}+{args.tf_weight}+{args.ss_weight}"
         f"_T{args.kd_T}+{args.tf_T}+{args.ss_T}_ratio{args.ratio_tf}+{args.ratio_ss}"
-        f"{utils.data_name(args)}_seed{args.seed}_{teacher.name}"
+        f"{utils.data_name(args)}_seed{args.seed}_{teacher}"
     )
 
 

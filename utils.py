@@ -11,6 +11,7 @@ import random
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
@@ -82,7 +83,7 @@ def make_parser(description: str, datasets: Iterable[str]) -> Parser:
 
     add = parser.add_argument_group("optimisation (SGD; the learning rate falls at milestones)").add_argument
     add("--epoch", type=count, default=240, help="epochs; the published tables use 240")
-    add("--batch-size", type=count, default=64, help="images a step; a student sees 4 views of each")
+    add("--batch-size", type=count, default=64, help="images a step; SSKD's student sees 4 views of each")
     add("--lr", type=positive, default=0.05, help="learning rate; 0.01 for MobileNetV2, ShuffleV1 and ShuffleV2")
     add("--momentum", type=number(float, 0), default=0.9, help="of SGD")
     add("--weight-decay", type=number(float, 0), default=5e-4, help="of SGD, on every parameter")
@@ -114,6 +115,35 @@ def make_parser(description: str, datasets: Iterable[str]) -> Parser:
     add("--experiments", default="experiments", metavar="DIR", help="folder of the run folders")
     add("--overwrite", action="store_true", help="delete what the run folder holds and start anew")
     return parser
+
+
+def add_networks(parser: Parser, known: Iterable[str]) -> Callable:
+    """Adds the flags of the networks that a distillation reads and writes; returns what adds further ones to them."""
+    add = parser.add_argument_group("networks").add_argument
+    add("--t-path", help="the teacher: a run folder of teacher.py, or a checkpoint file")
+    add("--t-arch", help="the teacher's network, where neither its checkpoint nor its folder's name tells")
+    add("--s-arch", choices=known, metavar="NETWORK", help=f"the student's network: one of {', '.join(known)}")
+    add("--export", metavar="FILE", help="write the trained student's backbone there, by torch.export")
+    return add
+
+
+def check_networks(parser: Parser, args: argparse.Namespace, known: Iterable[str]) -> None:
+    """Ends with an error if teacher or student is missing."""
+    if args.t_path is None:
+        parser.error("--t-path is missing: the folder of a trained teacher, or its checkpoint")
+    if args.s_arch is None:
+        parser.error(f"--s-arch is missing; the known ones are {', '.join(known)}")
+
+
+def check_export(parser: Parser, args: argparse.Namespace) -> None:
+    """Ends with an error if `--export` can't be written, or would replace what may be a checkpoint."""
+    if args.export is None:
+        return
+    file = Path(args.export)
+    if file.is_dir() or not file.name or not file.parent.is_dir():
+        parser.error(f"--export {args.export or repr('')}: give a file's name, in a folder that exists")
+    if file.exists() and file.suffix != ".pt2":
+        parser.error(f"--export {file}: is there already; only a file that ends in .pt2 is replaced")
 
 
 def data_name(args: argparse.Namespace) -> str:
@@ -321,6 +351,12 @@ def evaluate(model: nn.Module, images: Any, autocast: Callable, label: str = "te
         meter.add(len(batch.target), loss, {"cls_loss": loss, "cls_acc": accuracy(logits, batch.target)})
     means = meter.means()
     return means["cls_loss"], means["cls_acc"]
+
+
+def report_teacher(network: nn.Module, file: Path, images: Any, autocast: Callable) -> None:
+    """Prints the teacher's accuracy on the test split, which shows at once if it is not the network that was meant."""
+    _, acc = evaluate(network, images, autocast, "test of the teacher")
+    print(f"teacher: {file}, test accuracy {acc:.2f}", flush=True)
 
 
 # ---------------------------------------------------------------------------------------------- what TensorBoard shows

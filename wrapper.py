@@ -1,10 +1,14 @@
 """A backbone with a self-supervision head on top (Xu et al., ECCV 2020, section 3.1); the frozen teacher."""
 
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.fx.experimental import optimization
+
+from models.checkpoint import find_checkpoint, load, run_folder_of
+from record import fingerprint, refuse_unfinished
 
 
 class Output(NamedTuple):
@@ -37,25 +41,53 @@ class Wrapper(nn.Module):
         return Output(logits, self.proj_head(features[-1]), features[-1])
 
 
-class _LastFeature(nn.Module):
-    """A backbone that gives its last feature alone: a batch norm whose output is a feature could not be folded."""
+class TeacherCheckpoint(NamedTuple):
+    """A trained network, to be a teacher."""
 
-    def __init__(self, backbone: nn.Module):
+    file: Path
+    folder: str  # the name of the run's folder
+    network: nn.Module
+    fingerprint: str  # the name of its weights
+
+
+def load_teacher(path: str, arch: str | None, num_classes: int) -> TeacherCheckpoint:
+    """The teacher at `path`, a finished run's folder or a checkpoint file, on the CPU.
+
+    `arch` tells its network where neither the checkpoint nor the folder's name does.
+
+    Raises:
+        UserError: the run is not finished.
+        CheckpointError: there is no checkpoint, or it can't be read or does not fit.
+    """
+    refuse_unfinished(Path(path))
+    file = find_checkpoint(path)
+    network = load(file, arch, num_classes)
+    return TeacherCheckpoint(file, run_folder_of(file).name, network, fingerprint(network))
+
+
+class _Asked(nn.Module):
+    """A backbone that gives only the features that are asked for: a batch norm that reads one could not be folded."""
+
+    def __init__(self, backbone: nn.Module, asked: slice, preact: bool):
         super().__init__()
-        self.backbone = backbone
+        self.backbone, self.asked, self.preact = backbone, asked, preact
 
     def forward(self, x: Tensor, is_feat: bool = True) -> tuple[list[Tensor], Tensor]:
-        features, logits = self.backbone(x, is_feat=True)
-        return features[-1:], logits
+        features, logits = self.backbone(x, is_feat=True, preact=self.preact)
+        return features[self.asked], logits
+
+
+def frozen(backbone: nn.Module, asked: slice = slice(None), preact: bool = False) -> nn.Module:
+    """A backbone for fast inference: images → the `asked` of its features (a list), logits; the same up to rounding.
+
+    Each batch norm that alone reads a convolution's output becomes part of that convolution; the others (those of
+    pre-activation blocks that read a sum, or a feature) stay. `backbone` itself is left as it is.
+    """
+    return optimization.fuse(_Asked(backbone, asked, preact).eval()).requires_grad_(False)
 
 
 def fold_batch_norms(teacher: Wrapper) -> Wrapper:
-    """The frozen teacher for fast inference: the same outputs up to rounding, and the same SS head (not a copy).
-
-    Each batch norm that alone reads a convolution's output becomes part of that convolution; the others (those of
-    pre-activation blocks that read a sum) stay. Only the last feature is kept. `teacher` itself is left as it is.
-    """
-    folded = Wrapper(optimization.fuse(_LastFeature(teacher.backbone).eval()))
-    folded.backbone.requires_grad_(False)
+    """The teacher as SSKD needs it: its backbone `frozen`, with the last feature only; the same SS head (no copy)."""
+    folded = Wrapper(frozen(teacher.backbone, asked=slice(-1, None)))
     folded.proj_head = teacher.proj_head
     return folded.eval()

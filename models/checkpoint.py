@@ -85,9 +85,7 @@ def find_arch(path: str | Path, arch: str | None = None, checkpoint: object = No
     file = find_checkpoint(path)
     checkpoint = _read(file) if checkpoint is None else checkpoint
     told = dict.get(checkpoint, "arch") if isinstance(checkpoint, dict) else None
-    # Not resolve(): a link's own name is the one that the user chose.
-    folder = Path(os.path.abspath(file)).parent
-    folder = folder.parent if folder.name == "ckpt" else folder
+    folder = run_folder_of(file)
     arch = told if isinstance(told, str) else _arch_in_name(folder.name, of_teacher=file.stem == "teacher") or arch
     names = ", ".join(models.model_dict)
     if arch is None:
@@ -102,15 +100,21 @@ def find_arch(path: str | Path, arch: str | None = None, checkpoint: object = No
     return arch
 
 
+def run_folder_of(file: Path) -> Path:
+    """The folder of the run that a checkpoint belongs to: its own, or the one that holds its `ckpt/`."""
+    folder = Path(os.path.abspath(file)).parent  # not resolve(): a link's own name is the one that the user chose
+    return folder.parent if folder.name == "ckpt" else folder
+
+
 def _arch_in_name(name: str, of_teacher: bool = False) -> str | None:
-    """The architecture in a run folder's name, e.g. teacher_vgg13, resnet32x4_vanilla, sskd_student_vgg8_weight0.1+...
+    """The architecture in a run folder's name, e.g. teacher_vgg13, resnet32x4_vanilla, crd_student_vgg8_weight0.1+...
 
     A student's folder ends with its teacher's: `of_teacher` asks for that one.
     """
     if name.startswith("sskd_student_") and of_teacher:
         teacher = re.search(r"_seed\d+_(.+)", name)
         return _arch_in_name(teacher[1]) if teacher else None
-    name = name.removeprefix("sskd_student_").removeprefix("teacher_")
+    name = re.sub(r"^[a-z]+_student_", "", name).removeprefix("teacher_")
     fitting = [arch for arch in models.model_dict if name == arch or name.startswith(f"{arch}_")]
     return max(fitting, key=len, default=None)
 

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import baseline
 import student
 import teacher
 
@@ -95,7 +96,7 @@ def fails(capsys):
 
 @pytest.fixture
 def entries():
-    return {"teacher.py": teacher.main, "student.py": student.main}
+    return {"teacher.py": teacher.main, "student.py": student.main, "baseline.py": baseline.main}
 
 
 # Finished runs, written without training them.

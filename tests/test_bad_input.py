@@ -82,6 +82,19 @@ BAD_FLAGS = [
     ("student.py", [*STUDENT, "--export", "."], "--export .: give a file's name"),
     ("student.py", ["--s-path", "plain", "--export", "plain/best.pth"], "--export plain/best.pth: is there already"),
     ("student.py", ["--s-path", "plain", "--export", "s.pt2"], "--s-arch beside --s-path"),
+    ("baseline.py", STUDENT, "--method is missing; the known ones are kd, fitnet, "),
+    ("baseline.py", [*STUDENT, "--method", "sskd"], "--method: invalid choice: 'sskd' (choose from "),
+    ("baseline.py", ["--method", "kd", "--s-arch", "resnet8"], "--t-path is missing"),
+    ("baseline.py", ["--method", "kd", "--t-path", "teacher_resnet8_seed0"], "--s-arch is missing"),
+    ("baseline.py", [*STUDENT, "--method", "kd", "--t-path", "unfinished"], "unfinished: this run is not finished"),
+    ("baseline.py", [*STUDENT, "--method", "kd", "--t-path", "plain/best.pth"], "--t-arch"),
+    ("baseline.py", [*STUDENT, "--method", "kd", "--export", "empty"], "--export empty: give a file's name"),
+    ("baseline.py", [*STUDENT, "--method", "crd", "--weight", "-1"], "--weight: '-1' is not a number of at least 0"),
+    ("baseline.py", [*STUDENT, "--method", "crd", "--kd-T", "0"], "--kd-T: '0' is not a number above 0"),
+    ("baseline.py", [*STUDENT, "--method", "kd", "--weight", "1"], "whose weight is --kd-weight"),
+    ("baseline.py", [*STUDENT, "--method", "ab", "--ce-weight", "0", "--kd-weight", "0"], "nothing to learn"),
+    ("baseline.py", [*STUDENT, "--method", "ab", "--s-arch", "vgg8"], "the student has 4 of them, the teacher 3"),
+    ("baseline.py", [*STUDENT, "--method", "crd", "--train-size", "1"], "the training set has one class only"),
 ]
 
 

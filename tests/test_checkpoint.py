@@ -150,6 +150,11 @@ def test_a_folder_stands_for_its_best_checkpoint(files, found, tmp_path):
         (STUDENT_RUN.format("wrn_16_2", "teacher_wrn_40_2_seed0") + "/ckpt/040.pth", "wrn_16_2"),
         (STUDENT_RUN.format("wrn_16_2", "teacher_wrn_40_2_seed0") + "/ckpt/teacher.pth", "wrn_40_2"),
         (STUDENT_RUN.format("MobileNetV2", "resnet32x4_vanilla") + "/ckpt/teacher.pth", "resnet32x4"),
+        ("crd_student_wrn_16_2_weight0.1+0.9+0.8_T4.0_seed0_teacher_wrn_40_2_seed0/ckpt/student_best.pth", "wrn_16_2"),
+        (
+            "at_student_ShuffleV2_weight1.0+0.0+1.0_T4.0_few0.5_seed1_teacher_vgg13/ckpt/student_best.pth",
+            "ShuffleV2",
+        ),
     ],
 )
 def test_the_folders_name_tells_the_architecture(file, arch, tmp_path):

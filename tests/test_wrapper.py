@@ -6,7 +6,7 @@ from oracle import fill
 from torch import nn
 
 import models
-from wrapper import Wrapper, fold_batch_norms
+from wrapper import Wrapper, fold_batch_norms, frozen
 
 
 def images(count=4):
@@ -46,6 +46,20 @@ def test_the_folded_teacher_equals_the_plain_one(arch):
     with torch.inference_mode():
         for plain, fast in zip(teacher(images()), folded(images()), strict=True):
             assert (plain - fast).norm() <= 1e-4 * plain.norm()
+
+
+@pytest.mark.parametrize("preact", [False, True])
+@pytest.mark.parametrize("arch", models.model_dict)
+def test_the_frozen_network_has_all_features_of_the_plain_one(arch, preact):
+    plain = fill(models.model_dict[arch]()).to(memory_format=torch.channels_last).eval()
+    fast = frozen(plain, preact=preact)
+    assert not any(parameter.requires_grad for parameter in fast.parameters())
+    assert all(parameter.requires_grad for parameter in plain.parameters())
+    with torch.no_grad():
+        (features, logits), (expected, expected_logits) = fast(images()), plain(images(), is_feat=True, preact=preact)
+    assert len(features) == len(expected)
+    for got, want in zip((*features, logits), (*expected, expected_logits), strict=True):
+        assert (got - want).norm() <= 1e-4 * want.norm()
 
 
 def test_folding_removes_every_batch_norm_but_those_that_read_a_sum():

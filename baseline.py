@@ -1,0 +1,202 @@
+"""Distils a teacher into a student by one of the methods that SSKD (Xu et al., ECCV 2020) is compared with.
+
+    python baseline.py --method crd --t-path experiments/teacher_wrn_40_2_seed0 --s-arch wrn_16_2
+    python baseline.py --method kd --t-path experiments/teacher_vgg13_seed0 --s-arch MobileNetV2 --lr 0.01
+    python baseline.py --method crd --t-path … --s-arch wrn_16_2 --ce-weight 1 --kd-weight 0     # as in CRD's tables
+
+The loss is ce-weight · ce + kd-weight · kd + weight · method, as in SSKD's tables, on one view of each image: a random
+crop, perhaps flipped. With AB and FT a first phase of 30 epochs comes before. The same command continues a run that
+was stopped.
+"""
+
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while PyTorch is imported, which takes seconds, just ends it
+
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import cifar
+import models
+import utils
+from methods import METHODS, MethodError, Outputs, kd_loss, set_phase
+from record import Run, entry, export
+from wrapper import TeacherCheckpoint, frozen, load_teacher
+
+Data = tuple[cifar.Images, cifar.Images]  # training, test
+
+
+def parse_args(argv: list[str] | None) -> Namespace:
+    parser = utils.make_parser("Distils a teacher into a student by a compared method.", cifar.STATISTICS)
+    weight, temperature, known = utils.number(float, 0), utils.number(float, 0, above=True), ", ".join(METHODS)
+    utils.add_networks(parser, models.model_dict)
+
+    terms = "the student's loss: weighted sum of three terms (one of weight 0 is only logged)"
+    add = parser.add_argument_group(terms).add_argument
+    add("--method", choices=METHODS, metavar="METHOD", help=f"one of {known}")
+    add("--ce-weight", type=weight, help="cross-entropy with the labels (default: 0.1; dkd 1)")
+    add("--kd-weight", type=weight, help="the teacher's logits (default: 0.9; dkd and ls, which replace kd, 0)")
+    add("--kd-T", type=temperature, default=4.0, help="temperature of kd: higher shows more of the wrong classes")
+    add("--weight", type=weight, help="the method's own term (default: as published, e.g. crd 0.8)")
+
+    args = parser.parse_args(argv)
+    if args.method is None:
+        parser.error(f"--method is missing; the known ones are {known}")
+    utils.check_export(parser, args)
+    utils.check_networks(parser, args, models.model_dict)
+    for name, default in (("ce_weight", 0.1), ("kd_weight", 0.9), ("weight", None)):
+        if getattr(args, name) is None:
+            setattr(args, name, getattr(METHODS[args.method], name, default))
+    if args.method == "kd" and args.weight:
+        parser.error("--method kd has no term beside kd itself, whose weight is --kd-weight")
+    if not (args.ce_weight or args.kd_weight or (args.weight and args.method != "ab")):  # ab's term is 0
+        parser.error("no term has a weight: there is nothing to learn")
+    return args
+
+
+@entry(cifar.DataError, models.CheckpointError, MethodError)
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    folder = train(args)
+    if args.export is not None:
+        export(args.export, models.exported(models.load(folder, args.s_arch, cifar.NUM_CLASSES[args.dataset])))
+
+
+def train(args: Namespace) -> Path:
+    """Trains the student, or what a stopped run left of it; returns the run's folder."""
+    checkpoint = load_teacher(args.t_path, args.t_arch, cifar.NUM_CLASSES[args.dataset])
+    run = Run(run_folder(args, checkpoint.folder), args, teacher=checkpoint.fingerprint)
+    if run.finished(product="student_best.pth" if args.export else None):
+        return run.folder
+    device = utils.pick_device(args.gpu_id)
+    data = cifar.load(args, device)
+    utils.set_up(args.seed, device, args.deterministic)
+    networks = make_networks(args, checkpoint.network, device)
+    method = make_method(args, checkpoint, networks, data[0].labels)
+    run.start(device)  # only now: whether the method goes with the networks is known
+    utils.report_teacher(checkpoint.network, checkpoint.file, data[1], networks.autocast)
+    if hasattr(method, "first_loss"):
+        prepare(args, run, networks, method, data[0])
+    distil(args, run, networks, method, data)
+    return run.folder
+
+
+def run_folder(args: Namespace, teacher: str) -> Path:
+    """experiments/{method}_student_…: named by the flags of the loss and by the teacher's folder."""
+    return Path(args.experiments) / (
+        f"{args.method}_student_{args.s_arch}_weight{args.ce_weight}+{args.kd_weight}+{args.weight}_T{args.kd_T}"
+        f"{utils.data_name(args)}_seed{args.seed}_{teacher}"
+    )
+
+
+# ------------------------------------------------------------------------------------------------ networks and method
+
+
+class Networks(NamedTuple):
+    """What a step runs, and how."""
+
+    student: nn.Module
+    teacher: nn.Module  # frozen
+    preact: bool  # whether the method wants features before their ReLU
+    autocast: Callable
+
+    def outputs(self, x: Tensor) -> tuple[Outputs, Outputs]:
+        """What student and teacher give for images (N, 3, 32, 32)."""
+        with self.autocast():
+            with torch.no_grad():  # not inference_mode: CRD trains an embedding of the teacher's feature
+                teacher = Outputs(*self.teacher(x))
+            return Outputs(*self.student(x, is_feat=True, preact=self.preact)), teacher
+
+
+def make_networks(args: Namespace, teacher: nn.Module, device: torch.device) -> Networks:
+    preact = getattr(METHODS[args.method], "preact", False)
+    student = models.model_dict[args.s_arch](num_classes=cifar.NUM_CLASSES[args.dataset])
+    for network in (student, teacher):
+        network.to(device, memory_format=torch.channels_last)
+    return Networks(student, frozen(teacher, preact=preact), preact, utils.precision(args.amp, device))
+
+
+def make_method(args: Namespace, checkpoint: TeacherCheckpoint, networks: Networks, labels: Tensor) -> nn.Module:
+    """The method with adapters that fit the networks' features.
+
+    Raises:
+        MethodError: it does not go with these networks, or with the `labels` (N,) of the training set.
+    """
+    networks.student.eval()  # its running statistics stay as they are
+    method = METHODS[args.method](*networks.outputs(torch.zeros(2, 3, 32, 32, device=labels.device)), labels)
+    if hasattr(method, "choose_pair"):
+        method.choose_pair(models.find_arch(checkpoint.file, args.t_arch), args.s_arch)
+    return method.to(labels.device, memory_format=torch.channels_last)
+
+
+# ---------------------------------------------------------------------------------------------------------- the phases
+
+
+def prepare(args: Namespace, run: Run, networks: Networks, method: nn.Module, train_set: cifar.Images) -> None:
+    """The first phase: AB trains the student up to its last stage, FT its paraphraser of the teacher's map."""
+    trained = set_phase(method, networks.student, first=True)
+    loss_of = utils.compiled(make_first_loss(networks, method), args.compile, train_set.labels.device)
+    sgd = utils.SGD(trained.parameters(), method.first_rate(args.s_arch, args.lr), [], args)
+    parts = {"student": networks.student, "method": method, "optimisation": sgd}
+    for epoch in run.epochs("first", method.first_epochs, **parts):
+        batches = train_set.batches("first", epoch, views=1)
+        means = utils.train_epoch(trained, loss_of, batches, sgd, len(train_set), f"first epoch {epoch}")
+        run.log(epoch, len(train_set), train=means | {"first_lr": sgd.lr})
+
+
+def make_first_loss(networks: Networks, method: nn.Module) -> Callable:
+    """The first phase's loss as a function that traces to one graph: batch → loss, what to log."""
+
+    def loss_of(batch: cifar.Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        loss = method.first_loss(*networks.outputs(batch.x))
+        return loss, {"first_loss": loss}
+
+    return loss_of
+
+
+def distil(args: Namespace, run: Run, networks: Networks, method: nn.Module, data: Data) -> None:
+    """Trains the student, and the method's adapters with it."""
+    train_set, test_set = data
+    student = networks.student
+    trained = set_phase(method, student)
+    loss_of = utils.compiled(make_loss(args, networks, method), args.compile, train_set.labels.device)
+    sgd = utils.SGD(trained.parameters(), args.lr, args.milestones, args)
+    for epoch in run.epochs("student", args.epoch, student=student, method=method, optimisation=sgd):
+        if hasattr(method, "start_epoch"):
+            method.start_epoch(args.seed, epoch)
+        batches = train_set.batches("baseline", epoch, views=1)
+        means = utils.train_epoch(trained, loss_of, batches, sgd, len(train_set), f"student epoch {epoch}")
+        ce_loss, acc = utils.evaluate(student, test_set, networks.autocast, f"test after student epoch {epoch}")
+        run.log(epoch, len(train_set), train=means | {"lr": sgd.lr}, val={"ce_loss": ce_loss, "cls_acc": acc})
+        sgd.end_epoch()
+        run.keep_best("student_best.pth", acc, {"epoch": epoch, "state_dict": student.state_dict(), "best_acc": acc})
+    run.finish()
+
+
+def make_loss(args: Namespace, networks: Networks, method: nn.Module) -> Callable:
+    """The student's loss as a function that traces to one graph: batch → loss, what to log."""
+    weights = {"ce": args.ce_weight, args.method: args.weight, "kd": args.kd_weight}  # two terms where the method is kd
+
+    def loss_of(batch: cifar.Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        student, teacher = networks.outputs(batch.x)
+        terms = {
+            "ce": F.cross_entropy(student.logits.float(), batch.target),
+            args.method: method(student, teacher, batch.target, batch.rows),
+            "kd": kd_loss(student.logits, teacher.logits, args.kd_T),
+        }
+        loss = sum(weights[name] * term for name, term in terms.items() if weights[name])
+        logged = {f"{name}_loss": term for name, term in terms.items()}
+        return loss, logged | {"cls_acc": utils.accuracy(student.logits, batch.target)}
+
+    return loss_of
+
+
+if __name__ == "__main__":
+    main()
