@@ -28,7 +28,8 @@ import models
 import utils
 from methods import METHODS, MethodError, Outputs, kd_loss, set_phase
 from record import Run, entry, export
-from wrapper import TeacherCheckpoint, frozen, load_teacher
+from teacher_store import TeacherCheckpoint, load_teacher
+from wrapper import frozen
 
 Data = tuple[cifar.Images, cifar.Images]  # training, test
 
@@ -61,7 +62,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
     return args
 
 
-@entry(cifar.DataError, models.CheckpointError, MethodError)
+@entry(cifar.DataError, models.CheckpointError, models.ExportError, MethodError)
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     folder = train(args)

@@ -26,8 +26,8 @@ import models
 import utils
 from losses import VIEWS, SSKDTerms, positives, similarity_matrix, split_views, ss_head_loss, sskd_terms
 from record import Run, entry, export
-from teacher_store import SSHeadFile
-from wrapper import Wrapper, fold_batch_norms, load_teacher
+from teacher_store import SSHeadFile, load_teacher
+from wrapper import Wrapper, fold_batch_norms
 
 Data = tuple[cifar.Images, cifar.Images]  # training, test
 
@@ -71,7 +71,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
     return args
 
 
-@entry(cifar.DataError, models.CheckpointError)
+@entry(cifar.DataError, models.CheckpointError, models.ExportError)
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     path = args.s_path if args.s_path is not None else train(args)
@@ -94,7 +94,7 @@ def train(args: Namespace) -> Path:
     teacher = Wrapper(checkpoint.network).to(device, memory_format=torch.channels_last)
     utils.report_teacher(teacher.backbone, checkpoint.file, data[1], autocast)
     frozen = fold_batch_norms(teacher)  # its SS head is the teacher's own
-    train_ss_head(args, run, frozen, data, autocast, SSHeadFile(args, checkpoint.file, checkpoint.fingerprint, device))
+    train_ss_head(args, run, frozen, data, autocast, SSHeadFile(args, checkpoint, device))
     run.keep("teacher.pth", teacher.state_dict())
     distil(args, run, frozen, data, autocast)
     return run.folder

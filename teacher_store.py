@@ -1,15 +1,17 @@
-"""What is kept beside a teacher's checkpoint for its next students: its trained SS head.
+"""A trained teacher, and what is kept beside its checkpoint for its next students: its SS head.
 
-A file is named by all that its content depends on: for another teacher, flag or data set there is another file.
+A kept file is named by all that its content depends on: for another teacher, flag or data set there is another file.
 """
 
 from argparse import Namespace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from record import digest, read, restoring, save
+import models
+from record import digest, fingerprint, read, refuse_unfinished, restoring, save
 from utils import Fault, UserError
 
 # what a trained SS head depends on beside the teacher; no labels, so --label-noise changes nothing
@@ -17,17 +19,37 @@ DEPENDS = "t_epoch", "t_lr", "t_milestones", "gamma", "momentum", "weight_decay"
 DEPENDS += "deterministic", "dataset", "train_size", "test_size", "few_shot"
 
 
-class SSHeadFile:
-    """The SS head of one teacher, trained under one set of flags.
+class TeacherCheckpoint(NamedTuple):
+    """A trained network, to be a teacher."""
 
-    Args:
-        checkpoint, fingerprint: the teacher's file, and the name of its weights.
+    file: Path
+    folder: str  # the name of the run's folder
+    network: nn.Module
+    fingerprint: str  # the name of its weights
+
+
+def load_teacher(path: str, arch: str | None, num_classes: int) -> TeacherCheckpoint:
+    """The teacher at `path`, a finished run's folder or a checkpoint file, on the CPU.
+
+    `arch` tells its network where neither the checkpoint nor the folder's name does.
+
+    Raises:
+        UserError: the run is not finished.
+        CheckpointError: there is no checkpoint, or it can't be read or does not fit.
     """
+    refuse_unfinished(Path(path))
+    file = models.find_checkpoint(path)
+    network = models.load(file, arch, num_classes)
+    return TeacherCheckpoint(file, models.run_folder_of(file).name, network, fingerprint(network))
 
-    def __init__(self, args: Namespace, checkpoint: Path, fingerprint: str, device: torch.device):
+
+class SSHeadFile:
+    """The SS head of one teacher, trained under one set of flags on one kind of device."""
+
+    def __init__(self, args: Namespace, teacher: TeacherCheckpoint, device: torch.device):
         flags = {name: getattr(args, name) for name in DEPENDS}
-        self.key = digest(flags | {"teacher": fingerprint, "device": device.type})
-        self.path = checkpoint.parent / f"ss_head_{self.key}.pth"
+        self.key = digest(flags | {"teacher": teacher.fingerprint, "device": device.type})
+        self.path = teacher.file.parent / f"ss_head_{self.key}.pth"
 
     def read_into(self, head: nn.Module) -> list[dict[str, float]]:
         """Reads it into `head`; returns the log of its training, a line an epoch.

@@ -1,14 +1,10 @@
 """A backbone with a self-supervision head on top (Xu et al., ECCV 2020, section 3.1); the frozen teacher."""
 
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.fx.experimental import optimization
-
-from models.checkpoint import find_checkpoint, load, run_folder_of
-from record import fingerprint, refuse_unfinished
 
 
 class Output(NamedTuple):
@@ -39,30 +35,6 @@ class Wrapper(nn.Module):
         with torch.set_grad_enabled(bb_grad and torch.is_grad_enabled()):
             features, logits = self.backbone(x, is_feat=True)
         return Output(logits, self.proj_head(features[-1]), features[-1])
-
-
-class TeacherCheckpoint(NamedTuple):
-    """A trained network, to be a teacher."""
-
-    file: Path
-    folder: str  # the name of the run's folder
-    network: nn.Module
-    fingerprint: str  # the name of its weights
-
-
-def load_teacher(path: str, arch: str | None, num_classes: int) -> TeacherCheckpoint:
-    """The teacher at `path`, a finished run's folder or a checkpoint file, on the CPU.
-
-    `arch` tells its network where neither the checkpoint nor the folder's name does.
-
-    Raises:
-        UserError: the run is not finished.
-        CheckpointError: there is no checkpoint, or it can't be read or does not fit.
-    """
-    refuse_unfinished(Path(path))
-    file = find_checkpoint(path)
-    network = load(file, arch, num_classes)
-    return TeacherCheckpoint(file, run_folder_of(file).name, network, fingerprint(network))
 
 
 class _Asked(nn.Module):

@@ -13,7 +13,7 @@ All keep channels_last if given it, and can be traced by torch.fx and torch.comp
 
 from functools import partial
 
-from .checkpoint import CheckpointError, find_arch, find_checkpoint, load
+from .checkpoint import CheckpointError, find_arch, find_checkpoint, load, run_folder_of
 from .export import ExportError, exported
 from .mobilenetv2 import MobileNetV2
 from .resnet import ResNet
@@ -23,7 +23,16 @@ from .shufflenetv2 import ShuffleNetV2
 from .vgg import VGG
 from .wrn import WideResNet
 
-__all__ = ["CheckpointError", "ExportError", "exported", "find_arch", "find_checkpoint", "load", "model_dict"]
+__all__ = [
+    "CheckpointError",
+    "ExportError",
+    "exported",
+    "find_arch",
+    "find_checkpoint",
+    "load",
+    "model_dict",
+    "run_folder_of",
+]
 
 _X1, _X4, _X05, _X0375 = (16, 16, 32, 64), (32, 64, 128, 256), (8, 8, 16, 32), (6, 6, 12, 24)
 

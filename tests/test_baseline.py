@@ -17,7 +17,7 @@ import methods
 import models
 import utils
 from methods import METHODS, Outputs
-from wrapper import load_teacher
+from teacher_store import load_teacher
 
 PAIRS = PUBLISHED["similar"]["pairs"] + PUBLISHED["cross"]["pairs"]
 TINY = ["--dataset", "synthetic", "--train-size", "10", "--test-size", "6", "--batch-size", "4"]

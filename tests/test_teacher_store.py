@@ -11,13 +11,14 @@ from conftest import TINY_STUDENT, contents
 import models
 import record
 import student
-from teacher_store import SSHeadFile
+from teacher_store import SSHeadFile, TeacherCheckpoint
 from wrapper import Wrapper
 
 
 def head_file(*more, folder=Path("teacher"), teacher="teacher", device="cpu"):
     args = student.parse_args(["--t-path", "unused", *TINY_STUDENT, *more])
-    return SSHeadFile(args, folder / "best.pth", teacher, torch.device(device))
+    checkpoint = TeacherCheckpoint(folder / "best.pth", folder.name, None, teacher)
+    return SSHeadFile(args, checkpoint, torch.device(device))
 
 
 def test_a_head_of_other_flags_is_another_file():
