@@ -2,12 +2,11 @@
 
 import argparse
 import copy
-import re
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, TINY, end_of
+from conftest import TINY, end_of
 from torch import nn
 
 import cifar
@@ -23,13 +22,6 @@ def flags(*words):
 
 
 # -------------------------------------------------------------------------------------------------------------- flags
-
-
-def test_the_readme_names_every_flag_that_help_explains():
-    text = (ROOT / "README.md").read_text()
-    known = vars(flags()) | vars(student.parse_args(["--t-path", "-", "--s-arch", "vgg8"]))
-    missing = [name for name in known if not re.search(rf"`--{name.replace('_', '-')}\b", text)]
-    assert missing == []
 
 
 def test_help_shows_the_defaults_that_there_are(capsys):
