@@ -208,7 +208,7 @@ def make_loss(args: Namespace, teacher: Wrapper, student: Wrapper, autocast: Cal
 
     def loss_of(batch: cifar.Batch) -> tuple[Tensor, dict[str, Tensor]]:
         with autocast():
-            with torch.inference_mode():
+            with torch.no_grad():
                 t = teacher(batch.x)
             s = student(batch.x)
         terms = sskd_terms(s.logits, t.logits, s.embedding, t.embedding, batch.target, **settings)

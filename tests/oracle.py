@@ -1,4 +1,4 @@
-"""The golden figures, the weights and inputs they were computed from (DESIGN.md, "Golden figures"), other inputs."""
+"""The golden figures, the weights and inputs they were computed from (golden/README.md), other inputs."""
 
 import json
 import math

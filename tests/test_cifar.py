@@ -170,7 +170,7 @@ CLASSES = [f"class{i:02d}" for i in range(100)]
 
 
 def content_of(planes, numbers):
-    """DESIGN's name for the content of images (N, 3, 1024), reckoned anew."""
+    """What `in_hash_order` calls the content of images (N, 3072) by channel, reckoned anew."""
     digests = []
     for plane, number in zip(planes, numbers, strict=True):
         image = plane.reshape(3, 1024).T.tobytes()  # height, width, channel
