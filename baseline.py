@@ -183,7 +183,8 @@ def distil(args: Namespace, run: Run, networks: Networks, method: nn.Module, dat
 
 def make_loss(args: Namespace, networks: Networks, method: nn.Module) -> Callable:
     """The student's loss as a function that traces to one graph: batch → loss, what to log."""
-    weights = {"ce": args.ce_weight, args.method: args.weight, "kd": args.kd_weight}  # two terms where the method is kd
+    # two terms with method kd, which has none of its own: the later entry stands
+    weights = {"ce": args.ce_weight, args.method: args.weight, "kd": args.kd_weight}
 
     def loss_of(batch: cifar.Batch) -> tuple[Tensor, dict[str, Tensor]]:
         student, teacher = networks.outputs(batch.x)

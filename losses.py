@@ -20,7 +20,7 @@ VIEWS = 4
 
 
 class SSKDTerms(NamedTuple):
-    """The terms of eq. 8 without their weights λ; each a scalar, in nats."""
+    """The terms of eq. 8 without their weights λ, in the order of the flags; each a scalar, in nats."""
 
     ce: Tensor
     kd: Tensor
@@ -65,7 +65,7 @@ def selective_mask(scores: Tensor, target: Tensor, ratio: float) -> Tensor:
     Args:
         scores: (N, C) logits or similarities of the teacher. Equal scores rank in the order of their columns.
         target: (N,) true columns: labels or positives.
-        ratio: share of the wrong rows that is kept, in [0, 1].
+        ratio: share of the wrong rows that is kept, in [0, 1]: the paper's k.
 
     Returns:
         (N,) bool.
@@ -77,11 +77,11 @@ def selective_mask(scores: Tensor, target: Tensor, ratio: float) -> Tensor:
     before = torch.arange(scores.shape[1], device=scores.device) < target
     rank = torch.where(before, scores >= of_target, scores > of_target).sum(1)  # the error level: 0 is correct
     wrong = (rank > 0).sum()
-    # W · ratio is Python's product only in float64, which Apple's MPS does not have
+    # float64, so that int(W · ratio) is the number that Python would give; Apple's MPS has float32 only
     precise = torch.float32 if scores.device.type == "mps" else torch.float64
-    kept = len(scores) - wrong + (wrong.to(precise) * ratio).long()
-    position = rank.argsort(stable=True).argsort()
-    return position < kept
+    count = len(scores) - wrong + (wrong.to(precise) * ratio).long()
+    place = rank.argsort(stable=True).argsort()  # of each row, best rank first
+    return place < count
 
 
 def _kl_rows(s_logits: Tensor, t_logits: Tensor, T: float) -> Tensor:

@@ -1,8 +1,9 @@
 """How a script ends, and what a run leaves: one folder with its flags, log, curves, checkpoints and result.
 
 `ckpt/last.pth` says which epochs are finished and holds all that the rest depends on, a copy of the best checkpoint
-included. The other checkpoints are written after it and written again from it, so that a run killed at any moment goes
-on from what last.pth says. The files that only grow (log.jsonl, events/) are cut back to the lengths that it notes.
+included (but no state of a random generator: draws follow from seed, phase and epoch). The run's other checkpoints are
+written after it, and again from it, so that a run killed at any moment goes on from what last.pth says. The files that
+only grow (log.jsonl, events/) are cut back to the lengths that it notes.
 """
 
 import argparse
@@ -415,7 +416,7 @@ class Run:
         self.unwritten.append(name)
 
     def keep_best(self, name: str, acc: float, checkpoint: Mapping) -> None:
-        """The same if `acc`, the epoch's accuracy, is above that of every epoch before."""
+        """The same if `acc` is above the accuracy of every epoch before; notes it as the last one, too."""
         self.acc = acc
         if acc > self.best["acc"]:
             self.best = {"name": name, "acc": acc, "epoch": checkpoint["epoch"]}

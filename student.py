@@ -55,8 +55,8 @@ def parse_args(argv: list[str] | None) -> Namespace:
     add("--kd-T", type=temperature, default=4.0, help="temperature of kd: higher shows more of the wrong classes")
     add("--tf-T", type=temperature, default=4.0, help="temperature of tf")
     add("--ss-T", type=temperature, default=0.5, help="temperature of ss: similarities lie in [-1, 1]")
-    add("--ratio-tf", type=ratio, default=1.0, help="share of the teacher's wrong predictions that tf imitates")
-    add("--ratio-ss", type=ratio, default=0.75, help="share of the teacher's wrong matches that ss imitates")
+    add("--ratio-tf", type=ratio, default=1.0, help="share of the teacher's wrong predictions that tf imitates (k)")
+    add("--ratio-ss", type=ratio, default=0.75, help="share of the teacher's wrong matches that ss imitates (k)")
 
     args = parser.parse_args(argv)
     utils.check_export(parser, args)
@@ -66,8 +66,8 @@ def parse_args(argv: list[str] | None) -> Namespace:
         parser.error("--s-path is for --export: give the file to write, too")
     if args.batch_size == 1:
         parser.error("--batch-size 1: a view needs other images to be told from; use at least 2")
-    if not any((args.ce_weight, args.kd_weight, args.tf_weight, args.ss_weight)):
-        parser.error("all four weights are 0: there is nothing to learn")
+    if not any(value for name, value in vars(args).items() if name.endswith("_weight")):
+        parser.error("all weights are 0: there is nothing to learn")
     return args
 
 
@@ -93,10 +93,10 @@ def train(args: Namespace) -> Path:
 
     teacher = Wrapper(checkpoint.network).to(device, memory_format=torch.channels_last)
     utils.report_teacher(teacher.backbone, checkpoint.file, data[1], autocast)
-    frozen = fold_batch_norms(teacher)  # its SS head is the teacher's own
-    train_ss_head(args, run, frozen, data, autocast, SSHeadFile(args, checkpoint, device))
-    run.keep("teacher.pth", teacher.state_dict())
-    distil(args, run, frozen, data, autocast)
+    folded = fold_batch_norms(teacher)  # the teacher as both steps use it; the SS head is one and the same
+    train_ss_head(args, run, folded, data, autocast, SSHeadFile(args, checkpoint, device))
+    run.keep("teacher.pth", teacher.state_dict())  # written after an epoch, by when a continued run has the head again
+    distil(args, run, folded, data, autocast)
     return run.folder
 
 
@@ -119,7 +119,7 @@ def train_ss_head(
     """Trains the SS head of the frozen `teacher` on the contrastive task, unless an earlier student has left one."""
     train_set, test_set = data
     head, device = teacher.proj_head, train_set.labels.device
-    if not run.last and (lines := kept.read_into(head)):
+    if not run.last and (lines := kept.read_into(head)):  # a continued run has its head in last.pth
         run.replay("ss_head", lines)
     loss_of = utils.compiled(make_ss_loss(teacher, autocast), args.compile, device)
     sgd = utils.SGD(head.parameters(), args.t_lr, args.t_milestones, args)

@@ -72,7 +72,7 @@ class SSHeadFile:
                 ):
                     raise ValueError
         except UserError:
-            print(f"SS head: {self.path} is damaged or another and not used", flush=True)
+            print(f"SS head: {self.path} is damaged or belongs to something else: not used", flush=True)
             return []
         head.load_state_dict(state)
         print(f"SS head: read from {self.path}, trained before on the same teacher, data and flags", flush=True)

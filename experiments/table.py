@@ -34,7 +34,40 @@ KD = {"ce_weight": 0.1, "kd_weight": 0.9, "kd_T": 4.0}
 TF = {"tf_weight": 2.7, "tf_T": 4.0, "ratio_tf": 1.0}
 SS = {"ss_weight": 10.0, "ss_T": 0.5, "ratio_ss": 0.75, "t_epoch": 60, "t_lr": 0.05, "t_milestones": [30, 45]}
 APART = {"arch", "s_arch", "teacher", "seed", "dataset", "amp", "compile", "deterministic", "save_interval"}
+APART |= {"method", "weight"}
 LOW_RATE = ("MobileNetV2", "ShuffleV1", "ShuffleV2")  # published with --lr 0.01, all others with 0.05
+
+# Of baseline.py's methods: their rows, and the published --ce-weight, --kd-weight and --weight.
+METHODS = {
+    "kd": ("KD", 0.1, 0.9, 0.0),
+    "fitnet": ("FitNet", 0.1, 0.9, 100.0),
+    "at": ("AT", 0.1, 0.9, 1000.0),
+    "sp": ("SP", 0.1, 0.9, 3000.0),
+    "vid": ("VID", 0.1, 0.9, 1.0),
+    "rkd": ("RKD", 0.1, 0.9, 1.0),
+    "pkt": ("PKT", 0.1, 0.9, 30000.0),
+    "ab": ("AB", 0.1, 0.9, 1.0),
+    "ft": ("FT", 0.1, 0.9, 200.0),
+    "crd": ("CRD", 0.1, 0.9, 0.8),
+    "dkd": ("DKD", 1.0, 0.0, 1.0),
+    "ls": ("KD + LS", 0.1, 0.0, 9.0),
+}
+ABLATION = ("KD, 4 views", "KD + tf")  # of SSKD: student.py without tf and ss, and without ss
+
+# What the papers of the two later methods report for the same pairs, with CRD's teachers (KD + LS is logit
+# standardisation, table of the authors' repository).
+LATER = {
+    ("wrn_40_2", "wrn_16_2"): {"DKD": 76.24, "KD + LS": 76.11},
+    ("wrn_40_2", "wrn_40_1"): {"DKD": 74.81, "KD + LS": 74.37},
+    ("resnet56", "resnet20"): {"DKD": 71.97, "KD + LS": 71.43},
+    ("resnet32x4", "resnet8x4"): {"DKD": 76.32, "KD + LS": 76.62},
+    ("vgg13", "vgg8"): {"DKD": 74.68, "KD + LS": 74.36},
+    ("vgg13", "MobileNetV2"): {"DKD": 69.71, "KD + LS": 68.61},
+    ("ResNet50", "MobileNetV2"): {"DKD": 70.35, "KD + LS": 69.02},
+    ("resnet32x4", "ShuffleV1"): {"DKD": 76.45},
+    ("resnet32x4", "ShuffleV2"): {"DKD": 77.07, "KD + LS": 75.56},
+    ("wrn_40_2", "ShuffleV1"): {"DKD": 76.70},
+}
 
 # What others got from the published code: HSAKD (Yang et al., IJCAI 2021), mean and standard deviation. (Its
 # MobileNetV2 has another stem and cannot be compared.)
@@ -50,7 +83,9 @@ NORMAL = (-1.0, 0.1)  # where a faithful run lands, from the published figure
 
 NOTES = """\
 here: mean ± standard deviation over seeds (number of seeds), of the best epoch, as published, and of the last.
-normal range: what to expect of a faithful run, going by what others got: 1.0 below to 0.1 above what was published."""
+normal range: what to expect of a faithful run, going by what others got: 1.0 below to 0.1 above what was published.
+KD, 4 views and KD + tf are SSKD without tf and ss, and without ss; the rows from KD to CRD see one view of an image.
+DKD, KD + LS: published with the teachers of CRD's tables, which are other ones."""
 
 
 class Kind(NamedTuple):
@@ -58,7 +93,7 @@ class Kind(NamedTuple):
 
     teacher: str  # its network; "" for a network trained alone
     network: str
-    method: str  # alone, KD, KD + tf, SSKD
+    method: str  # alone, SSKD, or a row of METHODS or ABLATION
     setting: str = ""  # the flags that are not as published
     more: str = ""  # those that only a student has
 
@@ -150,10 +185,16 @@ def kind_of(flags: dict, folder: str) -> Kind:
     if not is_student:
         return Kind("", network, "alone", setting)
     found = re.search(r"_seed\d+_(?:teacher_)?(.+?)(?:_vanilla)?(?:_seed\d+)?$", folder)
+    teacher = found[1] if found else "?"
+    if "method" in flags:
+        method, ce, kd, weight = METHODS[typed(flags, "method", str)]
+        used = {"ce_weight": ce, "kd_weight": kd, "weight": weight, "kd_T": KD["kd_T"]}
+        own = {f"--{name.replace('_', '-')} {flags[name]}" for name in used if flags[name] != used[name]}
+        return Kind(teacher, network, method, setting, " ".join(sorted(own)))
     tf, ss = (typed(flags, name, int, float) != 0 for name in ("tf_weight", "ss_weight"))
-    method = "SSKD" if tf and ss else "KD" + " + tf" * tf + " + ss" * ss
+    method = "SSKD" if tf and ss else "KD" + " + tf" * tf + " + ss" * ss if tf or ss else ABLATION[0]
     used = KD | (TF if tf else {}) | (SS if ss else {})  # a term whose weight is 0 has no other flags
-    return Kind(found[1] if found else "?", network, method, setting, differing({n: flags[n] for n in used}, used))
+    return Kind(teacher, network, method, setting, differing({n: flags[n] for n in used}, used))
 
 
 def differing(flags: dict, published: dict) -> str:
@@ -207,13 +248,16 @@ def show_published(title: str, table: dict, results: dict[Kind, Seeds], markdown
     kinds = {
         "teacher": [Kind("", teacher, "alone") for teacher in teachers],
         "student": [Kind("", student, "alone") for student in students],
-        **{method: [Kind(*pair, method) for pair in pairs] for method in ("KD", "KD + tf", "SSKD")},
     }
+    later = [row for row, *_ in METHODS.values() if row not in table]
+    for method in (*(name for name in table if name not in ("pairs", *kinds)), *ABLATION, *later):
+        kinds[method] = [Kind(*pair, method) for pair in pairs]
     rows = []
     for name in kinds:
         block = []
-        if name in table:  # KD + tf is in the paper's ablation only
-            block.append(["published", *(f"{x:.2f}" for x in table[name])])
+        figures = [LATER.get(pair, {}).get(name) for pair in pairs] if name in later else table.get(name)
+        if figures:  # none for the ablation, of which the paper has bars only
+            block.append(["published", *(f"{x:.2f}" if x else NONE for x in figures)])
         if name == "SSKD":
             reruns = [RERUNS.get(pair) for pair in pairs]
             block.append(["re-run, HSAKD", *(f"{x[0]:.2f} ± {x[1]:.2f}" if x else NONE for x in reruns)])

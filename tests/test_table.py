@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 from conftest import LOW_RATE, ROOT, START, flags_of, write_run, write_teacher
 
+import baseline
 import student
 import teacher
 from experiments import table
+from methods import METHODS
 
 SYNTHETIC = ("--dataset", "synthetic")
 STUDY = ROOT / "experiments" / "fashion_mnist.jsonl"
@@ -72,12 +74,12 @@ def test_table_has_mean_and_deviation_over_seeds(tmp_path, capsys):
     printed = show(capsys, tmp_path, "--markdown")
     here = {
         title: tuple(text for row, text in cells(printed, title, pair).items() if row.startswith("here"))
-        for title in ("teacher", "student", "KD", "KD + tf", "SSKD")
+        for title in ("teacher", "student", "KD, 4 views", "KD + tf", "SSKD")
     }
     assert here == {
         "teacher": ("75.50 (1)", "75.25 (1)"),
         "student": ("70.50 ± 0.71 (2)", "69.50 ± 0.71 (2)"),
-        "KD": ("73.00 (1)", "72.50 (1)"),
+        "KD, 4 views": ("73.00 (1)", "72.50 (1)"),
         "KD + tf": ("74.00 (1)", "73.50 (1)"),
         "SSKD": ("76.00 ± 1.00 (3)", "74.50 ± 1.00 (3)"),
     }
@@ -87,6 +89,32 @@ def test_table_has_mean_and_deviation_over_seeds(tmp_path, capsys):
         **{"here, best": "–", "here, last": "–"},
     }
     assert cells(printed, "student", ("ResNet50", "vgg8"))["here, best"] == "70.50 ± 0.71 (2)"  # in both tables
+
+
+def test_every_compared_method_has_its_row(tmp_path, capsys):
+    pair = ("wrn_40_2", "wrn_16_2")
+    for i, method in enumerate(METHODS):
+        flags = flags_of(baseline.parse_args, "--method", method, "--t-path", "-", "--s-arch", pair[1])
+        write_run(tmp_path / f"{method}_student_{pair[1]}_seed0_teacher_{pair[0]}_seed0", flags, 60 + i, 50 + i)
+    write_student(tmp_path, pair, 80, 79, "--tf-weight", "0", "--ss-weight", "0")
+    flags = flags_of(baseline.parse_args, "--method", "at", "--t-path", "-", "--s-arch", pair[1], "--weight", "3")
+    write_run(tmp_path / f"at_student_{pair[1]}_weight3_seed0_teacher_{pair[0]}_seed0", flags, 30, 29)
+    printed = show(capsys, tmp_path, "--markdown")
+    for i, method in enumerate(METHODS):
+        row = cells(printed, table.METHODS[method][0], pair)
+        assert (row["here, best"], row["here, last"]) == (f"{60 + i}.00 (1)", f"{50 + i}.00 (1)")
+        assert float(row["published"]) > 68
+    assert cells(printed, "KD", pair)["published"] == "74.92"
+    assert "published" not in cells(printed, "KD, 4 views", pair)
+    assert cells(printed, "KD, 4 views", pair)["here, best"] == "80.00 (1)"
+    assert re.search(r"\| AT +\| 30\.00 \(1\) +\| 29\.00 \(1\) +\| --weight 3\.0 +\|", printed)
+
+
+def test_the_published_weights_are_those_of_the_methods():
+    for method, (_, ce, kd, weight) in table.METHODS.items():
+        args = baseline.parse_args(["--method", method, "--t-path", "-", "--s-arch", "vgg8"])
+        assert (args.ce_weight, args.kd_weight, args.weight) == (ce, kd, weight)
+    assert list(table.METHODS) == list(METHODS)
 
 
 def test_every_published_figure_is_shown(capsys, tmp_path):
@@ -139,7 +167,7 @@ def test_flags_of_a_term_that_is_not_used_do_not_part_runs(tmp_path, capsys):
     common = ["--dataset", "synthetic", "--tf-weight", "0", "--ss-weight", "0"]
     write_student(tmp_path, ("resnet14", "resnet8"), 20, 20, *common)
     write_student(tmp_path, ("resnet14", "resnet8"), 22, 22, *common, "--t-epoch", "3", "--seed", "1", "--ss-T", "1")
-    assert re.search(r"KD +21\.00 ± 1\.41 \(2\)", show(capsys, tmp_path, "--dataset", "synthetic"))
+    assert re.search(r"KD, 4 views +21\.00 ± 1\.41 \(2\)", show(capsys, tmp_path, "--dataset", "synthetic"))
 
 
 def test_flags_of_students_only_do_not_part_them_from_their_teachers(tmp_path, capsys):
@@ -460,7 +488,7 @@ def test_the_studys_figures_are_those_of_its_record():
             setting = float(few[1]) if few else 1.0, float(noise[1]) if noise else 0.0
         elif "±" in line and line.startswith("|"):
             network, _, method, best, last, _ = (text.strip() for text in line.strip("|").split("|"))
-            found[(network, method, *setting)] = best, last
+            found[(network, method.removesuffix(", 4 views"), *setting)] = best, last
     expected = {
         group: tuple(f"{column.mean():.2f} ± {column.std(ddof=1):.2f} (5)" for column in accuracies.T)
         for group, accuracies in study().items()

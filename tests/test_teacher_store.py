@@ -61,7 +61,7 @@ def test_a_damaged_ss_head_is_not_used_and_trained_anew(runs, tmp_path, capsys):
     shutil.copy(runs.teacher / "ckpt" / "best.pth", folder)
     (folder / kept.name).write_bytes(spoil("other shape", good))
     student.main(["--t-path", str(folder), *TINY_STUDENT, "--experiments", str(tmp_path)])
-    assert "is damaged or another and not used" in capsys.readouterr().out
+    assert "belongs to something else: not used" in capsys.readouterr().out
     assert (folder / kept.name).read_bytes() == good
     assert contents(tmp_path / runs.student.name) == contents(runs.student)
 
@@ -76,7 +76,7 @@ def test_nothing_of_a_damaged_or_another_ss_head_is_taken(kind, runs, tmp_path, 
     before = record.fingerprint(head)
     file.path.write_bytes(spoil(kind, good))
     assert file.read_into(head) == []
-    assert "is damaged or another and not used" in capsys.readouterr().out
+    assert "belongs to something else: not used" in capsys.readouterr().out
     assert record.fingerprint(head) == before
     file.path.write_bytes(good)
     assert len(file.read_into(head)) == 2
