@@ -158,7 +158,7 @@ def stop_at(step, monkeypatch):
     "method, steps",
     [
         ("crd", (5,)),  # in the second epoch, when banks and Z have been set
-        ("dkd", (5,)),  # whose warm-up hangs on the epoch
+        ("dkd", (5,)),
         ("ab", (2, 5)),  # in either epoch of the first phase
         ("ab", (8, 5)),  # in the first epoch of the main phase, then, from where that began, in its second
         ("ft", (5, 5)),
@@ -174,6 +174,22 @@ def test_a_stopped_run_ends_as_if_it_had_never_been_stopped(method, steps, flags
         assert "stopped by the test" in capsys.readouterr().err
     baseline.main(flags(method))
     assert contents(folder_of(tmp_path, method)) == contents(folder_of(tmp_path / "whole", method))
+
+
+def test_dkds_warm_up_follows_the_epochs_of_a_resumed_run(flags, monkeypatch, capsys):
+    warm_ups = []
+    forward = METHODS["dkd"].forward
+
+    def noting(self, *outputs):
+        warm_ups.append(round(self.warm_up.item(), 6))
+        return forward(self, *outputs)
+
+    monkeypatch.setattr(METHODS["dkd"], "forward", noting)
+    with monkeypatch.context() as patch:
+        stop_at(5, patch)
+        assert end_of(baseline.main, flags("dkd")) == 1
+    baseline.main(flags("dkd"))
+    assert warm_ups == [0.05] * STEPS + [0.1] * 2 + [0.1] * STEPS  # the second epoch twice, as it was not over
 
 
 def test_crd_saves_its_banks_and_their_constants(flags, tmp_path):

@@ -715,7 +715,7 @@ def outputs_of(*heights):
 def test_a_pair_that_does_not_go_with_a_method_is_an_error():
     with pytest.raises(methods.MethodError, match="height 3 to the teacher's of 8"):
         METHODS["fitnet"](outputs_of(8, 8, 3), outputs_of(8, 8, 8), None)
-    with pytest.raises(methods.MethodError, match="the student has 3 of them, the teacher 2"):
+    with pytest.raises(methods.MethodError, match="the student has 2 of them, the teacher 1"):
         METHODS["ab"](outputs_of(8, 8, 8), outputs_of(8, 8), None)
     with pytest.raises(methods.MethodError, match="one class only"):
         METHODS["crd"](outputs_of(8), outputs_of(8), torch.zeros(5, dtype=torch.long))
