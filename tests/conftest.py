@@ -14,7 +14,7 @@ import teacher
 ROOT = Path(__file__).parent.parent
 TINY = ["--dataset", "synthetic", "--train-size", "48", "--test-size", "40", "--batch-size", "16"]
 TINY += ["--epoch", "3", "--milestones", "2"]
-TINY_STUDENT = [*TINY, "--t-epoch", "2", "--t-milestones", "1", "--s-arch", "resnet8x4"]
+TINY_STUDENT = [*TINY, "--t-epoch", "2", "--t-milestones", "1", "--s-arch", "resnet14x05"]
 SHORT = ["--dataset", "synthetic", "--train-size", "4", "--test-size", "4", "--batch-size", "4"]
 SHORT += ["--epoch", "1", "--milestones", "1"]
 SHORT_STUDENT = [*SHORT, "--s-arch", "resnet8", "--t-epoch", "1", "--t-milestones", "1"]

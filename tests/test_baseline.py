@@ -21,7 +21,7 @@ from teacher_store import load_teacher
 
 PAIRS = PUBLISHED["similar"]["pairs"] + PUBLISHED["cross"]["pairs"]
 TINY = ["--dataset", "synthetic", "--train-size", "10", "--test-size", "6", "--batch-size", "4"]
-TINY += ["--s-arch", "resnet8x4", "--epoch", "2", "--milestones", "1"]
+TINY += ["--s-arch", "resnet14x05", "--epoch", "2", "--milestones", "1"]
 STEPS = 3  # of an epoch: 4, 4 and 2 images
 WEIGHTS = {
     "kd": "0.1+0.9+0.0", "fitnet": "0.1+0.9+100.0", "at": "0.1+0.9+1000.0", "sp": "0.1+0.9+3000.0",
@@ -60,7 +60,7 @@ def lines_of(folder):
 
 def initial_student():
     torch.manual_seed(0)
-    return models.model_dict["resnet8x4"]()
+    return models.model_dict["resnet14x05"]()
 
 
 def same(a, b):
@@ -72,7 +72,7 @@ def same(a, b):
 def test_every_method_trains_and_leaves_what_the_design_promises(method, flags, tmp_path):
     baseline.main(flags(method))
     folder = folder_of(tmp_path, method)
-    assert folder.name == f"{method}_student_resnet8x4_weight{WEIGHTS[method]}_T4.0_seed0_teacher_resnet8_seed0"
+    assert folder.name == f"{method}_student_resnet14x05_weight{WEIGHTS[method]}_T4.0_seed0_teacher_resnet8_seed0"
     assert {path.name for path in (folder / "ckpt").iterdir()} == {"student_best.pth", "last.pth"}
     best = torch.load(folder / "ckpt" / "student_best.pth", weights_only=True)
     result = json.loads((folder / "result.json").read_text())
@@ -234,8 +234,8 @@ def test_a_run_with_another_weight_has_another_folder(flags, tmp_path):
     baseline.main(flags("at", "--ce-weight", "1", "--kd-weight", "0", "--weight", "10", "--kd-T", "2"))
     names = sorted(path.name for path in tmp_path.iterdir())
     assert [name.split("_seed0")[0] for name in names] == [
-        "at_student_resnet8x4_weight0.1+0.9+1000.0_T4.0",
-        "at_student_resnet8x4_weight1.0+0.0+10.0_T2.0",
+        "at_student_resnet14x05_weight0.1+0.9+1000.0_T4.0",
+        "at_student_resnet14x05_weight1.0+0.0+10.0_T2.0",
     ]
 
 

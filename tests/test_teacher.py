@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import TINY, run_script
+from conftest import TINY
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import teacher
@@ -62,10 +62,9 @@ def test_the_learning_rate_falls_after_the_milestones(runs):
 
 
 def test_the_same_flags_train_the_same_network(runs, tmp_path):
-    again = run_script("teacher.py", "--arch", "resnet8", *TINY, cwd=tmp_path)
-    assert again.returncode == 0
+    teacher.main(["--arch", "resnet8", *TINY, "--experiments", str(tmp_path)])
     for name in ("log.jsonl", "ckpt/best.pth"):
-        first, second = (folder / name for folder in (runs.teacher, tmp_path / "experiments" / runs.teacher.name))
+        first, second = (folder / name for folder in (runs.teacher, tmp_path / runs.teacher.name))
         assert first.read_bytes() == second.read_bytes(), name
 
 
