@@ -363,7 +363,8 @@ case $part in
   demo | study) "$part" "$@" ;;
   test)
     setup requirements-test.txt
-    "$python" -m ruff check . && "$python" -m ruff format --check . && "$python" -m pytest "$@"
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # a process a core, and none of them waits for another's threads
+    "$python" -m ruff check . && "$python" -m ruff format --check . && "$python" -m pytest -n auto --maxprocesses 8 "$@"
     ;;
   test-slow) setup requirements-test.txt && "$python" -m pytest -m slow "$@" ;;
   bench) setup requirements.txt && "$python" experiments/bench.py "$@" ;;

@@ -272,14 +272,14 @@ def same_run(folder, reference):
 
 
 def test_a_run_killed_again_and_again_ends_like_one_that_never_was(runs, tmp_path):
-    """SIGKILL at every 30th touch of the disk, through all phases, until the same two commands are through."""
+    """SIGKILL at every 18th touch of the disk, through all phases, until the same two commands are through."""
     kills = 0
     commands = [
         ("teacher.py", "--arch", "resnet8", *TINY),
         ("student.py", "--t-path", "experiments/teacher_resnet8_seed0", *TINY_STUDENT),
     ]
     for script, *flags in commands:
-        command = [sys.executable, ROOT / "tests" / "killer.py", "30", ROOT / script, *flags]
+        command = [sys.executable, ROOT / "tests" / "killer.py", "18", ROOT / script, *flags]
         for _ in range(10):
             done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
             if done.returncode == 0:
