@@ -191,7 +191,7 @@ def _keep_freed_memory() -> None:
     """Lets glibc keep what it frees, up to 1 GB.
 
     By itself it gives large blocks back to the system and gets them anew, page by page, at every step: of a step's time
-    8 % for wrn_40_2 → wrn_16_2, 1 % for the small resnet20 → resnet8 (2 cores). Nothing changes where glibc is not used.
+    8 % for wrn_40_2 → wrn_16_2, 1 % for the small resnet20 → resnet8 (2 cores). Without glibc nothing changes.
     """
     m_trim_threshold, m_mmap_threshold = -1, -3  # of malloc.h
     with contextlib.suppress(OSError, AttributeError):
