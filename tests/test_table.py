@@ -15,7 +15,7 @@ from conftest import LOW_RATE, ROOT, START, flags_of, write_run, write_teacher
 import baseline
 import student
 import teacher
-from experiments import table
+from experiments import runs, table
 from methods import METHODS
 
 SYNTHETIC = ("--dataset", "synthetic")
@@ -24,7 +24,8 @@ PAGE = ROOT / "experiments" / "README.md"
 
 
 def write_student(root, pair, best, last, *words):
-    flags = flags_of(student.parse_args, "--t-path", "-", "--s-arch", pair[1], *words) | {"teacher": "0123"}
+    flags = flags_of(student.parse_args, "--t-path", "-", "--s-arch", pair[1], *words)
+    flags["teacher"] = f"{pair[0]}-{flags['seed']}"  # its fingerprint
     weights = f"weight{flags['tf_weight']}+{flags['ss_weight']}"
     folder = f"sskd_student_{pair[1]}_{weights}_seed{flags['seed']}_teacher_{pair[0]}_seed{flags['seed']}"
     write_run(root / folder, flags, best, last)
@@ -44,6 +45,13 @@ def cells(printed, title, pair):
     return found
 
 
+def listed(markdown):
+    """The rows of the list that stands last in what was printed as Markdown, by the heads of their columns."""
+    lines = markdown.rpartition("**\n\n")[2].partition("\n\n")[0].splitlines()
+    head, _, *rows = [[text.strip() for text in line.strip("|").split("|")] for line in lines]
+    return [dict(zip(head, row, strict=True)) for row in rows]
+
+
 def show(capsys, *words):
     table.main([str(word) for word in words])
     printed = capsys.readouterr()
@@ -54,10 +62,10 @@ def show(capsys, *words):
 def test_the_published_flags_are_the_defaults_of_the_scripts():
     for arch in ("resnet8", "ShuffleV1"):
         flags = flags_of(teacher.parse_args, "--arch", arch, "--lr", "0.01" if arch in LOW_RATE else "0.05")
-        assert table.kind_of(flags, "") == table.Kind("", arch, "alone")
+        assert runs.kind_of(flags, "") == runs.Kind("", arch, "alone")
     flags = flags_of(student.parse_args, "--t-path", "-", "--s-arch", "resnet8")
-    assert table.kind_of(flags, "x_seed0_teacher_vgg13") == table.Kind("vgg13", "resnet8", "SSKD")
-    assert set(table.COMMON | table.KD | table.TF | table.SS) <= set(flags)
+    assert runs.kind_of(flags, "x_seed0_teacher_vgg13") == runs.Kind("vgg13", "resnet8", "SSKD")
+    assert set(runs.COMMON | runs.KD | runs.TF | runs.SS) <= set(flags)
 
 
 def test_table_has_mean_and_deviation_over_seeds(tmp_path, capsys):
@@ -95,26 +103,28 @@ def test_every_compared_method_has_its_row(tmp_path, capsys):
     pair = ("wrn_40_2", "wrn_16_2")
     for i, method in enumerate(METHODS):
         flags = flags_of(baseline.parse_args, "--method", method, "--t-path", "-", "--s-arch", pair[1])
+        flags["teacher"] = f"{pair[0]}-0"
         write_run(tmp_path / f"{method}_student_{pair[1]}_seed0_teacher_{pair[0]}_seed0", flags, 60 + i, 50 + i)
     write_student(tmp_path, pair, 80, 79, "--tf-weight", "0", "--ss-weight", "0")
     flags = flags_of(baseline.parse_args, "--method", "at", "--t-path", "-", "--s-arch", pair[1], "--weight", "3")
     write_run(tmp_path / f"at_student_{pair[1]}_weight3_seed0_teacher_{pair[0]}_seed0", flags, 30, 29)
     printed = show(capsys, tmp_path, "--markdown")
     for i, method in enumerate(METHODS):
-        row = cells(printed, table.METHODS[method][0], pair)
+        row = cells(printed, runs.METHODS[method][0], pair)
         assert (row["here, best"], row["here, last"]) == (f"{60 + i}.00 (1)", f"{50 + i}.00 (1)")
         assert float(row["published"]) > 68
     assert cells(printed, "KD", pair)["published"] == "74.92"
     assert "published" not in cells(printed, "KD, 4 views", pair)
     assert cells(printed, "KD, 4 views", pair)["here, best"] == "80.00 (1)"
-    assert re.search(r"\| AT +\| 30\.00 \(1\) +\| 29\.00 \(1\) +\| --weight 3\.0 +\|", printed)
+    assert "**cifar100, --weight 3.0**" in printed
+    assert re.search(r"\| AT +\| 30\.00 \(1\) +\| 29\.00 \(1\) +\|", printed)
 
 
 def test_the_published_weights_are_those_of_the_methods():
-    for method, (_, ce, kd, weight) in table.METHODS.items():
+    for method, (_, ce, kd, weight) in runs.METHODS.items():
         args = baseline.parse_args(["--method", method, "--t-path", "-", "--s-arch", "vgg8"])
         assert (args.ce_weight, args.kd_weight, args.weight) == (ce, kd, weight)
-    assert list(table.METHODS) == list(METHODS)
+    assert list(runs.METHODS) == list(METHODS)
 
 
 def test_every_published_figure_is_shown(capsys, tmp_path):
@@ -175,8 +185,9 @@ def test_flags_of_students_only_do_not_part_them_from_their_teachers(tmp_path, c
     write_teacher(tmp_path, "resnet14", 20, 19, *common)
     write_student(tmp_path, ("resnet14", "resnet8"), 15, 14, *common, "--t-epoch", "3", "--t-milestones", "1", "2")
     printed = show(capsys, tmp_path, "--dataset", "synthetic")
-    assert printed.count("--epoch 2 --milestones 1\n") == 1
-    assert re.search(r"SSKD +15\.00 \(1\) +14\.00 \(1\) +--t-epoch 3 --t-milestones 1 2\n", printed)
+    assert printed.count("--epoch 2 --milestones 1 --t-epoch 3 --t-milestones 1 2\n") == 1
+    assert re.search(r"alone +20\.00 \(1\) +19\.00 \(1\)\n", printed)
+    assert re.search(r"SSKD +15\.00 \(1\) +14\.00 \(1\)\n", printed)
     assert "Similar" not in printed
 
 
@@ -189,11 +200,13 @@ def test_numbers_sort_as_numbers(tmp_path, capsys):
         write_teacher(tmp_path / share, "resnet8", 1, 1, *SYNTHETIC, "--few-shot", share)
     write_teacher(tmp_path / "weight decay", "resnet8", 1, 1, *SYNTHETIC, "--weight-decay", "0.00001")
     write_teacher(tmp_path / "more weight decay", "resnet8", 1, 1, *SYNTHETIC, "--weight-decay", "0.001")
-    printed = show(capsys, tmp_path, *SYNTHETIC)
-    assert re.findall(r"(resnet\d+) +–", printed.partition("few-shot")[0]) == ["resnet8", "resnet20", "resnet110"]
-    assert re.findall(r"--kd-weight (\S+)", printed) == ["2.5", "9.0", "10.0"]
-    assert re.findall(r"--few-shot (\S+)", printed) == ["0.125", "0.25", "0.5"]
-    assert re.findall(r"--weight-decay (\S+)", printed) == ["1e-05", "0.001"]
+    rows = listed(show(capsys, tmp_path, *SYNTHETIC, "--markdown"))
+    alone = [row for row in rows if row["method"] == "alone"]
+    usual = [row["network"] for row in alone if (row["--few-shot"], row["--weight-decay"]) == ("1.0", "0.0005")]
+    assert usual == ["resnet8", "resnet20", "resnet110"]
+    assert [row["--kd-weight"] for row in rows if row["method"] == "SSKD"] == ["2.5", "9.0", "10.0"]
+    assert list(dict.fromkeys(row["--few-shot"] for row in rows)) == ["0.125", "0.25", "0.5", "1.0"]
+    assert list(dict.fromkeys(row["--weight-decay"] for row in rows[3:])) == ["1e-05", "0.0005", "0.001"]
 
 
 def test_runs_on_other_data_sets_are_told_where_there_are_none_of_the_asked(tmp_path, capsys):
@@ -481,14 +494,16 @@ def study():
 
 def test_the_studys_figures_are_those_of_its_record():
     """The same, reckoned here from the record and without table.py."""
-    found = {}
-    for line in PAGE.read_text().splitlines():
-        if line.startswith("**"):
-            few, noise = (re.search(rf"--{flag} ([\d.]+)", line) for flag in ("few-shot", "label-noise"))
-            setting = float(few[1]) if few else 1.0, float(noise[1]) if noise else 0.0
-        elif "±" in line and line.startswith("|"):
-            network, _, method, best, last, _ = (text.strip() for text in line.strip("|").split("|"))
-            found[(network, method.removesuffix(", 4 views"), *setting)] = best, last
+    table = PAGE.read_text().partition("**fashion_mnist")[2].partition("\n## ")[0]
+    found = {
+        (
+            row["network"],
+            row["method"].removesuffix(", 4 views"),
+            float(row["--few-shot"]),
+            float(row["--label-noise"]),
+        ): (row["best"], row["last"])
+        for row in listed(table)
+    }
     expected = {
         group: tuple(f"{column.mean():.2f} ± {column.std(ddof=1):.2f} (5)" for column in accuracies.T)
         for group, accuracies in study().items()
