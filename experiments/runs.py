@@ -76,6 +76,7 @@ class Run(NamedTuple):
     seed: int
     teacher: str  # the fingerprint of its teacher's weights; "" for a network trained alone
     teacher_folder: str
+    computed: dict[str, Any]  # the device (each, where the run went on on another) and the flags of COMPUTED
     accuracies: tuple[float, float | None]  # on the test set, of the best and of the last epoch
 
 
@@ -138,10 +139,12 @@ def run_of(place: str, record: dict) -> Run:
     if not all(0 <= accuracy <= 100 for accuracy in (best, last or 0)):
         raise ValueError(f"accuracies {best}, {last} are not in percent")
     kind = kind_of(flags, typed(record, "run", str))
-    teacher = str(flags.get("teacher", ""))
-    identity = json.dumps([record["run"], flags], sort_keys=True)
-    dataset, seed = typed(flags, "dataset", str), typed(flags, "seed", int)
-    return Run(place, record, identity, dataset, kind, seed, teacher, teacher_folder(record["run"]), (best, last))
+    devices = dict.fromkeys(str(start.get("device")) for start in (record, *record.get("starts", ())))
+    computed = {"device": ", ".join(devices)} | {name: flags.get(name) for name in COMPUTED}
+    hash((kind, *computed.values()))  # TypeError: a flag that is neither a number, a text nor a list of them
+    named = (json.dumps([record["run"], flags], sort_keys=True), typed(flags, "dataset", str), kind)
+    whose = (typed(flags, "seed", int), str(flags.get("teacher", "")), teacher_folder(record["run"]))
+    return Run(place, record, *named, *whose, computed, (best, last))
 
 
 def typed(content: dict, name: str, *types: type) -> Any:

@@ -70,7 +70,7 @@ def rows_of(runs: Iterable[Run]) -> list[Row]:
     for run in runs:
         first = kinds[run.kind].setdefault((run.seed, run.teacher), run)
         if first.accuracies != run.accuracies:
-            differing = " ".join(name for name in BY if computed(first, name) != computed(run, name))
+            differing = " ".join(name for name in BY if first.computed[name] != run.computed[name])
             hint = f" (--by {differing} tells them apart)" if differing else ""
             leave_out(run.place, f"another run is of its setting and seed{hint}")
     return [Row(kind, *row) for kind, found in kinds.items() for row in by_teacher(list(found.values())).items()]
@@ -96,16 +96,8 @@ def by_teacher(runs: list[Run]) -> dict[str, dict[int, Run]]:
 
 def told_apart(run: Run, by: Iterable[str]) -> Run:
     """The run, as one of a setting that says how it was computed, too."""
-    more = [(name, computed(run, name)) for name in by]
-    return run._replace(kind=run.kind._replace(setting=tuple(sorted((*run.kind.setting, *more)))))
-
-
-def computed(run: Run, name: str) -> Any:
-    """How a run was computed: a flag of COMPUTED or the device (more than one where the run went on on another)."""
-    if name != "device":
-        return run.record["flags"].get(name)
-    starts = [run.record, *run.record.get("starts", [])]
-    return ", ".join(dict.fromkeys(str(start.get("device")) for start in starts))
+    setting = dict(run.kind.setting) | {name: run.computed[name] for name in by}
+    return run._replace(kind=run.kind._replace(setting=tuple(sorted(setting.items()))))
 
 
 def warn_of_teachers(runs: Iterable[Run]) -> None:

@@ -1,5 +1,6 @@
 """experiments/table.py, and the study's page that it fills."""
 
+import csv
 import errno
 import json
 import os
@@ -23,12 +24,20 @@ STUDY = ROOT / "experiments" / "fashion_mnist.jsonl"
 PAGE = ROOT / "experiments" / "README.md"
 
 
-def write_student(root, pair, best, last, *words):
-    flags = flags_of(student.parse_args, "--t-path", "-", "--s-arch", pair[1], *words)
-    flags["teacher"] = f"{pair[0]}-{flags['seed']}"  # its fingerprint
+def write_student(root, pair, best, last, *words, teacher_seed=None, teacher=None, **more):
+    """A student of the teacher of its own seed unless told; `teacher`: the fingerprint of the teacher's weights."""
+    flags = flags_of(student.parse_args, "--t-path", "-", "--s-arch", pair[1], *words) | more
+    teacher_seed = flags["seed"] if teacher_seed is None else teacher_seed
+    flags["teacher"] = teacher or f"{pair[0]}-{teacher_seed}"
     weights = f"weight{flags['tf_weight']}+{flags['ss_weight']}"
-    folder = f"sskd_student_{pair[1]}_{weights}_seed{flags['seed']}_teacher_{pair[0]}_seed{flags['seed']}"
+    folder = f"sskd_student_{pair[1]}_{weights}_seed{flags['seed']}_teacher_{pair[0]}_seed{teacher_seed}"
     write_run(root / folder, flags, best, last)
+    return root / folder
+
+
+def change(file, **entries):
+    """Changes entries of a JSON file."""
+    file.write_text(json.dumps(json.loads(file.read_text()) | entries))
 
 
 def cells(printed, title, pair):
@@ -216,6 +225,221 @@ def test_runs_on_other_data_sets_are_told_where_there_are_none_of_the_asked(tmp_
     told = ["2 runs on fashion_mnist: --dataset fashion_mnist", "1 run on synthetic: --dataset synthetic"]
     assert show(capsys, tmp_path).splitlines()[-3:] == [f"no finished run on cifar100 in {tmp_path}", *told]
     assert "no finished run" not in show(capsys, tmp_path, *SYNTHETIC)
+    for form, nothing in (("--json", []), ("--csv", None)):
+        table.main([str(tmp_path), form])
+        printed = capsys.readouterr()
+        assert printed.err.splitlines()[-2:] == told
+        assert json.loads(printed.out) == [] if nothing == [] else printed.out == "\n"
+
+
+KD, SS_ONLY = ("--tf-weight", "0", "--ss-weight", "0"), ("--tf-weight", "0")
+PAIR = ("resnet20", "resnet8")
+
+
+def test_a_flag_that_varies_has_a_column_and_others_stand_in_the_title(tmp_path, capsys):
+    common = (*SYNTHETIC, "--epoch", "20", "--milestones", "10", "15", "--t-epoch", "5")
+    for ratio in ("0.5", "1", "0.75", "0.0"):  # in folders as sweep.py makes them
+        write_student(tmp_path / f"ratio-ss_{ratio}", PAIR, 30, 29, *common, "--ratio-ss", ratio)
+    write_student(tmp_path, PAIR, 20, 19, *common, *KD, "--train-size", "500", "--kd-T", "2")
+    write_teacher(tmp_path, "MobileNetV2", 10, 9, *common[:-2], "--lr", "0.01")
+    printed = show(capsys, tmp_path, *SYNTHETIC, "--markdown")
+    assert "**synthetic, --epoch 20 --milestones 10 15 --t-epoch 5**" in printed
+    rows = listed(printed)
+    flags = [name for name in rows[0] if name.startswith("--")]
+    assert [(row["method"], *(row[name] for name in flags)) for row in rows] == [
+        ("alone", "–", "–", "–"),
+        *[("SSKD", "4.0", ratio, "–") for ratio in ("0.0", "0.5", "0.75", "1.0")],
+        ("KD, 4 views", "2.0", "–", "500"),
+    ]
+    assert flags == ["--kd-T", "--ratio-ss", "--train-size"]
+
+
+def test_csv_and_json_hold_every_row_with_all_that_is_known_of_it(tmp_path, capsys):
+    for seed, best in enumerate((75.0, 76.0, 78.5)):
+        write_student(tmp_path, ("vgg13", "vgg8"), best, best - 1, "--seed", str(seed))
+    write_student(tmp_path, PAIR, 20, 19, *SS_ONLY, "--epoch", "20", "--milestones", "10", "15", "--t-epoch", "7")
+    first, second = json.loads(show(capsys, tmp_path, "--json"))
+    assert list(second.items()) == [
+        ("dataset", "cifar100"),
+        *(("network", "vgg8"), ("teacher", "vgg13"), ("one_teacher", ""), ("method", "SSKD")),
+        *(("epoch", 240), ("milestones", [150, 180, 210]), ("t_epoch", 60), ("epoch_chosen_on", "test set")),
+        *(("n", 3), ("best_mean", 76.5), ("best_sd", pytest.approx(np.std([75, 76, 78.5], ddof=1)))),
+        *(("last_mean", 75.5), ("last_sd", pytest.approx(np.std([75, 76, 78.5], ddof=1))), ("seeds", [0, 1, 2])),
+    ]
+    assert (first["method"], first["epoch"], first["milestones"], first["t_epoch"]) == ("KD + ss", 20, [10, 15], 7)
+    assert (first["n"], first["best_mean"], first["best_sd"], first["seeds"]) == (1, 20, None, [0])
+    rows = list(csv.DictReader(show(capsys, tmp_path, "--csv").splitlines()))
+    for row, same in zip(rows, (first, second), strict=True):
+        words = {
+            name: " ".join(map(str, v)) if isinstance(v, list) else str(v) for name, v in same.items() if v is not None
+        }
+        assert row == dict.fromkeys(same, "") | words
+
+
+def test_a_result_may_say_more_than_the_tables_need(tmp_path, capsys):
+    folder = write_student(tmp_path, PAIR, 75, 74)
+    before = show(capsys, tmp_path)
+    change(folder / "result.json", params=1234, teacher={"acc": 70.5}, multiply_adds=None)
+    assert show(capsys, tmp_path) == before
+
+
+# ------------------------------------------------------------------------------------------------------------ teachers
+
+
+def test_one_teacher_for_all_seeds_is_told_from_a_teacher_for_each(tmp_path, capsys):
+    pair = ("vgg13", "vgg8")
+    for seed in "012":
+        write_student(tmp_path, pair, 70 + int(seed), 69, "--seed", seed, teacher_seed=0)
+    assert cells(show(capsys, tmp_path, "--markdown"), "SSKD", pair)["here, best"] == "71.00 ± 1.00 (3) †"
+    for seed in "12":  # seed 0 has the teacher of seed 0 either way
+        write_student(tmp_path, pair, 80, 79, "--seed", seed)
+    printed = show(capsys, tmp_path, "--markdown")
+    assert cells(printed, "SSKD", pair)["here, best"] == "76.67 ± 5.77 (3)"
+    (row,) = listed(printed)
+    assert (row["teacher"], row["best"]) == ("vgg13 (vgg13-0)", "71.00 ± 1.00 (3)")
+    assert "\nteacher (fingerprint of its weights): one for all seeds of the row" in printed
+    own, shared = json.loads(show(capsys, tmp_path, "--json"))
+    assert (own["one_teacher"], own["best_mean"]) == ("", pytest.approx((70 + 80 + 80) / 3))
+    assert (shared["one_teacher"], shared["best_mean"], shared["seeds"]) == ("vgg13-0", 71, [0, 1, 2])
+
+
+def test_students_of_different_teachers_of_one_name_are_never_averaged(tmp_path, capsys):
+    for seed in "012":
+        write_student(tmp_path / "a", PAIR, 70 + int(seed), 69, *SYNTHETIC, "--seed", seed)
+    write_student(tmp_path / "b", PAIR, 50, 49, *SYNTHETIC, teacher="another")
+    table.main([str(tmp_path), *SYNTHETIC, "--json"])
+    printed = capsys.readouterr()
+    rows = {row["one_teacher"]: (row["best_mean"], row["seeds"]) for row in json.loads(printed.out)}
+    assert rows == {"": (71.5, [1, 2]), "another": (50, [0]), "resnet20-0": (70, [0])}
+    (line,) = printed.err.splitlines()
+    assert "different teachers of one name: teacher_resnet20_seed0;" in line
+
+
+def test_teachers_of_one_name_that_differ_between_methods_are_told_and_not_paired(tmp_path, capsys):
+    for seed in "01":
+        write_student(tmp_path, PAIR, 60 + int(seed), 60, *SYNTHETIC, "--seed", seed)
+    write_student(tmp_path, PAIR, 55, 55, *SYNTHETIC, *KD)
+    write_student(tmp_path, PAIR, 50, 50, *SYNTHETIC, *KD, "--seed", "1", teacher="another")
+    table.main([str(tmp_path), *SYNTHETIC, "--against", "KD, 4 views", "--json"])
+    printed = capsys.readouterr()
+    assert "teacher_resnet20_seed1;" in printed.err
+    (sskd,) = [row for row in json.loads(printed.out) if row["method"] == "SSKD"]
+    assert (sskd["n"], sskd["pairs"], sskd["best_difference"], sskd["best_low"]) == (2, 1, 5, None)
+
+
+# --------------------------------------------------------------------------------------------- gains, seed by seed
+
+
+def test_quantiles_of_students_t_are_those_of_the_tables():
+    known = {1: 12.7062, 2: 4.3027, 3: 3.1824, 4: 2.7764, 5: 2.5706, 9: 2.2622, 10: 2.2281, 30: 2.0423, 100: 1.9840}
+    assert {freedom: round(table.student_t(freedom), 4) for freedom in known} == known
+    assert round(table.student_t(1000), 4) == 1.9623
+    assert [round(table.student_t(freedom, 0.99), 4) for freedom in (1, 2, 5)] == [63.6567, 9.9248, 4.0321]
+
+
+def test_gains_are_over_the_common_seeds_with_their_interval(tmp_path, capsys):
+    reached = {"SSKD": [70.0, 72.5, 71.0, 99.0], "KD": [69.0, 70.0, 71.5], "KD + tf": [60.0]}
+    words = {"SSKD": (), "KD": KD, "KD + tf": ("--ss-weight", "0")}
+    for method, accuracies in reached.items():
+        for seed, best in enumerate(accuracies):
+            write_student(tmp_path, PAIR, best, best / 2, *SYNTHETIC, "--seed", str(seed), *words[method])
+    write_student(tmp_path / "few", PAIR, 1, 1, *SYNTHETIC, "--few-shot", "0.5")  # in another setting
+    write_student(tmp_path, ("resnet14", "resnet8"), 2, 1, *SYNTHETIC)  # of another teacher
+    words = (tmp_path, *SYNTHETIC, "--against", "KD, 4 views")
+    rows = listed(show(capsys, *words, "--markdown"))
+    gains = {(row["method"], row["best"]): row["best − KD, 4 views"] for row in rows}
+    difference = np.subtract(reached["SSKD"][:3], reached["KD"])
+    half = 4.302653 * difference.std(ddof=1) / 3**0.5
+    low, high = difference.mean() - half, difference.mean() + half
+    assert gains == {
+        ("SSKD", "78.12 ± 13.95 (4)"): f"{difference.mean():+.2f} [{low:+.2f}, {high:+.2f}] (3)",
+        ("KD + tf", "60.00 (1)"): "-9.00 (1)",
+        ("KD, 4 views", "70.17 ± 1.26 (3)"): "–",
+        ("SSKD", "1.00 (1)"): "–",
+        ("SSKD", "2.00 (1)"): "–",
+    }
+    found = json.loads(show(capsys, *words, "--json"))
+    (row,) = [row for row in found if row["n"] == 4]
+    expected = {
+        "against": "KD, 4 views",
+        "pairs": 3,
+        "best_difference": difference.mean(),
+        "best_low": low,
+        "best_high": high,
+    }
+    expected |= {f"last_{what}": expected[f"best_{what}"] / 2 for what in ("difference", "low", "high")}
+    assert {name: row[name] for name in expected} == pytest.approx(expected, abs=1e-5)
+
+
+def test_gains_over_the_network_alone_and_over_other_flags_of_the_method(tmp_path, capsys):
+    write_teacher(tmp_path, "resnet8", 50, 50, *SYNTHETIC)
+    for ratio, best in (("0.25", 53), ("0.75", 54), ("1", 51)):
+        write_student(tmp_path / ratio, PAIR, best, best, *SYNTHETIC, "--ratio-ss", ratio)
+    for method, gains in (("alone", [None, 3, 4, 1]), ("SSKD", [None, -1, None, -3])):
+        rows = json.loads(show(capsys, tmp_path, *SYNTHETIC, "--against", method, "--json"))
+        assert [row["ratio_ss"] for row in rows] == [None, 0.25, 0.75, 1]
+        assert [row["best_difference"] for row in rows] == gains
+
+
+def test_a_row_that_is_not_there_cannot_be_compared_with(tmp_path, fails):
+    write_student(tmp_path, PAIR, 50, 50, *SYNTHETIC)
+    error = fails(table.main, tmp_path, *SYNTHETIC, "--against", "CRD")
+    assert "--against CRD" in error and "there are SSKD" in error
+
+
+# ------------------------------------------------------------------------------------------ device, precision, protocol
+
+
+def test_device_and_precision_part_runs_on_demand(tmp_path, capsys):
+    write_student(tmp_path, PAIR, 50, 49, *SYNTHETIC)
+    write_student(tmp_path, PAIR, 52, 51, *SYNTHETIC, "--seed", "1", "--amp", "bf16")
+    gpu = [START | {"device": "cuda (NVIDIA H100)"}]
+    change(write_student(tmp_path, PAIR, 60, 59, *SYNTHETIC, "--seed", "2") / "config.json", starts=gpu)
+    moved = write_student(tmp_path, PAIR, 62, 61, *SYNTHETIC, "--seed", "3")
+    change(moved / "config.json", starts=[START, *gpu, START])
+    (row,) = listed(show(capsys, tmp_path, *SYNTHETIC, "--markdown"))
+    assert row["best"] == "56.00 ± 5.89 (4)"
+    rows = listed(show(capsys, tmp_path, *SYNTHETIC, "--markdown", "--by", "device", "amp"))
+    assert [(row["device"], row["--amp"], row["best"]) for row in rows] == [
+        ("cpu (x86_64)", "bf16", "52.00 (1)"),
+        ("cpu (x86_64)", "off", "50.00 (1)"),
+        ("cpu (x86_64), cuda (NVIDIA H100)", "off", "62.00 (1)"),
+        ("cuda (NVIDIA H100)", "off", "60.00 (1)"),
+    ]
+    rows = json.loads(show(capsys, tmp_path, *SYNTHETIC, "--json", "--by", "compile"))
+    assert [(row["compile"], row["n"]) for row in rows] == [(False, 4)]
+    show(capsys, "--record", tmp_path / "study.jsonl", tmp_path)
+    printed = show(capsys, tmp_path / "study.jsonl", *SYNTHETIC, "--by", "device")
+    assert re.search(r"cuda \(NVIDIA H100\) +60\.00 \(1\)", printed)
+
+
+def test_of_two_runs_of_a_seed_the_one_left_out_says_what_parts_them(tmp_path, capsys):
+    write_student(tmp_path, PAIR, 50, 49, *SYNTHETIC)
+    write_student(tmp_path / "half", PAIR, 52, 51, *SYNTHETIC, "--amp", "bf16")
+    table.main([str(tmp_path), *SYNTHETIC])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert str(tmp_path / "half") in line and "--by amp" in line
+    assert show(capsys, tmp_path, *SYNTHETIC, "--by", "amp").count(" (1)") == 4
+
+
+def test_runs_that_choose_the_epoch_on_held_out_images_show_their_test_accuracy_apart(tmp_path, capsys):
+    pair = ("vgg13", "vgg8")
+    write_student(tmp_path, pair, 70, 69)
+    folder = write_student(tmp_path / "held", pair, 90, 89, "--seed", "1", val_fraction=0.1)
+    change(folder / "result.json", test_acc=71.25)
+    printed = show(capsys, tmp_path, "--markdown")
+    assert cells(printed, "SSKD", pair)["here, best"] == "70.00 (1)"
+    assert "**cifar100, --val-fraction 0.1**" in printed
+    (row,) = listed(printed)
+    assert (row["best"], row["last"]) == ("71.25 (1)", "–")
+    assert "--val-fraction: test accuracy at the epoch that is best on held-out images" in printed
+    rows = json.loads(show(capsys, tmp_path, "--json", "--against", "SSKD"))
+    chosen = [(row["epoch_chosen_on"], row["best_mean"], row["last_mean"]) for row in rows]
+    assert chosen == [("test set", 70, 69), ("held-out images", 71.25, None)]
+    change(folder / "result.json", test_acc=None)
+    table.main([str(tmp_path), "--json"])
+    printed = capsys.readouterr()
+    assert len(json.loads(printed.out)) == 1 and f"{folder} left out: " in printed.err
 
 
 # ------------------------------------------------------------------------------------------------------------- records
@@ -395,6 +619,8 @@ DAMAGED = {
     "a network that is no name": json.dumps(WHOLE | {"flags": WHOLE["flags"] | {"arch": [1]}}),
     "a data set that is no name": json.dumps(WHOLE | {"flags": WHOLE["flags"] | {"dataset": {}}}),
     "a seed that is no whole number": json.dumps(WHOLE | {"flags": WHOLE["flags"] | {"seed": 0.5}}),
+    "a flag of no known type": json.dumps(WHOLE | {"flags": WHOLE["flags"] | {"lr": {"at": [1]}}}),
+    "starts that are none": json.dumps(WHOLE | {"starts": [1]}),
     "a flag that is no number": json.dumps(WHOLE | {"flags": WHOLE["flags"] | {"lr": float("nan")}}),
     "a student without weights": json.dumps(WHOLE | {"flags": WHOLE["flags"] | {"s_arch": "vgg8"}}),
     "no result": json.dumps(WHOLE | {"result": []}),
