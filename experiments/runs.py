@@ -14,6 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
+SCRIPT = Path(sys.argv[0]).name  # who complains
+
 # The flags of the published results. Those that name a run or change only how it is computed are APART; any other that
 # is set (train_size, say) makes another setting.
 COMMON = {"dataset": "cifar100", "epoch": 240, "batch_size": 64, "milestones": [150, 180, 210]}
@@ -21,7 +23,7 @@ COMMON |= {"momentum": 0.9, "weight_decay": 5e-4, "gamma": 0.1, "few_shot": 1.0,
 KD = {"ce_weight": 0.1, "kd_weight": 0.9, "kd_T": 4.0}
 TF = {"tf_weight": 2.7, "tf_T": 4.0, "ratio_tf": 1.0}
 SS = {"ss_weight": 10.0, "ss_T": 0.5, "ratio_ss": 0.75, "t_epoch": 60, "t_lr": 0.05, "t_milestones": [30, 45]}
-COMPUTED = ("amp", "compile", "deterministic")
+COMPUTED = ("amp", "compile", "deterministic", "t_features")
 OF_METHODS = {*KD, *TF, *SS, "weight"}
 APART = {"arch", "s_arch", "teacher", "method", "seed", "dataset", "save_interval", *COMPUTED, *OF_METHODS}
 LOW_RATE = ("MobileNetV2", "ShuffleV1", "ShuffleV2")  # published with --lr 0.01, all others with 0.05
@@ -81,11 +83,11 @@ class Run(NamedTuple):
 
 
 def leave_out(place: str, why: str) -> None:
-    print(f"table.py: {place} left out: {why}", file=sys.stderr)
+    print(f"{SCRIPT}: {place} left out: {why}", file=sys.stderr)
 
 
 def refuse(place: str | Path, why: str) -> NoReturn:
-    print(f"table.py: error: {place}: {why}", file=sys.stderr)
+    print(f"{SCRIPT}: error: {place}: {why}", file=sys.stderr)
     sys.exit(2)
 
 

@@ -28,6 +28,7 @@ from experiments.runs import (
     ABLATION,
     COMMON,
     COMPUTED,
+    SCRIPT,
     Kind,
     Run,
     leave_out,
@@ -65,7 +66,7 @@ class Row(NamedTuple):
 
 
 def rows_of(runs: Iterable[Run]) -> list[Row]:
-    """The runs by kind and teacher; one that is there twice counts once."""
+    """The runs by kind and teacher, sorted; one that is there twice counts once."""
     kinds: dict[Kind, dict[tuple[int, str], Run]] = defaultdict(dict)
     for run in runs:
         first = kinds[run.kind].setdefault((run.seed, run.teacher), run)
@@ -73,7 +74,9 @@ def rows_of(runs: Iterable[Run]) -> list[Row]:
             differing = " ".join(name for name in BY if first.computed[name] != run.computed[name])
             hint = f" (--by {differing} tells them apart)" if differing else ""
             leave_out(run.place, f"another run is of its setting and seed{hint}")
-    return [Row(kind, *row) for kind, found in kinds.items() for row in by_teacher(list(found.values())).items()]
+    rows = [Row(kind, *row) for kind, found in kinds.items() for row in by_teacher(list(found.values())).items()]
+    flags = unusual(kinds)
+    return sorted(rows, key=lambda row: (order(row.kind, flags), row.one_teacher))
 
 
 def by_teacher(runs: list[Run]) -> dict[str, dict[int, Run]]:
@@ -110,7 +113,7 @@ def warn_of_teachers(runs: Iterable[Run]) -> None:
     if names:
         which = ", ".join(names[:3]) + ", …" * (len(names) > 3)
         what = f"students in one setting have different teachers of one name: {which}"
-        print(f"table.py: {what}; name one of their folders to see it alone", file=sys.stderr)
+        print(f"{SCRIPT}: {what}; name one of their folders to see it alone", file=sys.stderr)
 
 
 # ------------------------------------------------------------------------------------------------------- statistics
@@ -330,14 +333,13 @@ def main(argv: list[str] | None = None) -> None:
     asked = [told_apart(run, args.by) for run in runs if run.dataset == args.dataset]
     warn_of_teachers(asked)
     rows = rows_of(asked)
-    flags = unusual(row.kind for row in rows)
-    rows.sort(key=lambda row: (order(row.kind, flags), row.one_teacher))
     others = [row for row in rows if row.kind.method == args.against]
     if args.against and rows and not others:
         known = ", ".join(dict.fromkeys(row.kind.method for row in rows))
         refuse(f"--against {args.against}", f"no run is of this row of the tables; there are {known}")
 
     if args.csv or args.json:
+        flags = unusual(row.kind for row in rows)
         gain = {"against": args.against} if args.against else {}
         found = [{"dataset": args.dataset} | figures(row, flags) | gain for row in rows]
         for line, row in zip(found, rows, strict=True):
