@@ -1,11 +1,19 @@
 """Figures, drawn with matplotlib (pip install -r requirements-experiments.txt).
 
-python experiments/plot.py method                     # the method at a glance: experiments/figures/method.svg
-python experiments/plot.py method --output a.png      # the same as another file; its ending tells the format
+python experiments/plot.py method                                # the method at a glance: figures/method.svg
+python experiments/plot.py accuracy experiments/cifar100.jsonl   # of each method, beside what an epoch costs
+python experiments/plot.py few-shot experiments/cifar100.jsonl   # accuracy by --few-shot; or label-noise, ratio-tf,
+python experiments/plot.py ratio-ss experiments/cifar100.jsonl   # ratio-ss; --dark: for a dark page
+python experiments/plot.py curves RUN_FOLDER …                   # epoch by epoch, from the log.jsonl of each
 """
 
 import argparse
+import json
 import random
+import statistics
+import sys
+from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib.style
@@ -14,7 +22,13 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Polygon, Rectangle
+from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import Affine2D
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # wherever this is started from
+
+from experiments.runs import ABLATION, COMMON, OWN, Kind, Run, read_runs, refuse, shown, unusual
+from experiments.table import Row, rows_of, spread, told_apart, typed
 
 FIGURES = Path(__file__).with_name("figures")
 INK, GREY = "#334155", "#94a3b8"
@@ -139,15 +153,225 @@ def method() -> Figure:
     return figure
 
 
-def main(argv: list[str] | None = None):
+# ------------------------------------------------------------------------------------------------ figures of a study
+
+# Of a method, the same in every figure: colour, marker and dashes, which are told apart without the colour, too.
+COLOURS = ["#7d838c", "#2f7fc1", "#a35cc4", "#2a9a63", "#d9541e", "#1f9bab", "#b38a12", "#cf4f80"]
+MARKERS = "o^v<sPDX>ph"
+LOOKS = {
+    method: {"color": COLOURS[i % 8], "marker": MARKERS[i % 11], "linestyle": ["-", "--", ":"][i // 8]}
+    for i, method in enumerate(OWN)
+}
+INKS = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
+STUDY = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False} | dict.fromkeys(INKS, INK)
+DARK = dict.fromkeys(INKS, "#d1d7e0")
+DARK |= dict.fromkeys(("figure.facecolor", "axes.facecolor", "legend.facecolor"), "#0d1117")
+ACCURACY = "test accuracy (%)"
+SHARES = {
+    "few_shot": "images of each class that the student sees (%)",
+    "label_noise": "labels that are wrong (%)",
+    "ratio_ss": "wrong matches of the teacher that ss imitates, k (%)",
+    "ratio_tf": "wrong predictions of the teacher that tf imitates, k (%)",
+}
+
+Panel = tuple[str, str, tuple]  # teacher, network, setting
+
+
+def found_runs(args: argparse.Namespace) -> list[Run]:
+    """The finished runs on the data set; those of different precision are of different settings."""
+    runs = [run for path in args.paths for run in read_runs(path) if run.dataset == args.dataset]
+    return [told_apart(run, ["amp"]) for run in runs] or refuse(args.paths[0], f"no finished run on {args.dataset}")
+
+
+def panels(rows: list[Row]) -> dict[Panel, list[Row]]:
+    """The rows that can be compared; a network alone stands beside every student of that network and setting."""
+    found: dict[Panel, list[Row]] = defaultdict(list)
+    for row in rows:
+        if row.kind.teacher:
+            found[row.kind.teacher, row.kind.network, row.kind.setting].append(row)
+    for row in rows:
+        for panel in [panel for panel in found if panel[1:] == (row.kind.network, row.kind.setting)]:
+            found[panel] += [row] if not row.kind.teacher else []
+    return found
+
+
+def title(panel: Panel, among: dict[Panel, list[Row]]) -> str:
+    """The networks, and the flags that are not the same in all panels."""
+    values = unusual(Kind(*each[:2], "alone", each[2]) for each in among)
+    kind = Kind(*panel[:2], "alone", panel[2])
+    flags = [f"{typed(name)} {shown(kind.value(name))}" for name in values if len(values[name]) > 1]
+    return "  ".join([f"{panel[0]} → {panel[1]}", *flags])
+
+
+def nearest(rows: list[Row]) -> dict[str, Row]:
+    """Of each method the row whose own flags are nearest to the published."""
+    found: dict[str, Row] = {}
+    for row in sorted(rows, key=lambda row: len(row.kind.own)):
+        found.setdefault(row.kind.method, row)
+    return found
+
+
+def best(row: Row) -> tuple[float, float | None]:
+    """Mean and standard deviation of the best epoch's accuracy."""
+    return spread(run.accuracies[0] for run in row.runs.values())
+
+
+def seconds(row: Row) -> float:
+    """Of a run for each epoch of the student, with what came before (the SS head, a first phase); the median."""
+    found = []
+    for run in row.runs.values():
+        result = run.record["result"]
+        if not result.get("seconds") or not result.get("epochs"):
+            refuse(run.place, "its result has no seconds or epochs")
+        found.append(result["seconds"] / result["epochs"])
+    return statistics.median(found)
+
+
+def accuracy(args: argparse.Namespace) -> Figure:
+    """A panel for each setting: the accuracy of each method, the best first, and beside it what an epoch costs."""
+    found = panels(rows_of(found_runs(args))) or refuse(args.paths[0], "no distilled student")
+    chosen = [sorted(nearest(rows).values(), key=lambda row: -best(row)[0]) for rows in found.values()]
+    heights = [len(rows) for rows in chosen]
+    figure = Figure(figsize=(8, 0.9 * len(found) + 0.27 * sum(heights)), layout="constrained")
+    axes = figure.subplots(len(found), 2, squeeze=False, height_ratios=heights, width_ratios=(3, 2))
+    for (left, right), panel, rows in zip(axes, found, chosen, strict=True):
+        left.set_title(title(panel, found), loc="left", fontsize=10)
+        for y, row in enumerate(rows):
+            (mean, deviation), cost = best(row), seconds(row)
+            color, marker = (LOOKS[row.kind.method][name] for name in ("color", "marker"))
+            left.errorbar(mean, y, xerr=deviation, capsize=3, color=color, marker=marker)
+            left.annotate(f"{mean:.1f}", (mean, y), (0, 5), textcoords="offset points", ha="center", fontsize=7)
+            right.barh(y, cost, 0.6, color=color)
+            right.annotate(f"{cost:.3g}", (cost, y), (3, 0), textcoords="offset points", va="center", fontsize=8)
+        left.set_yticks(range(len(rows)), [f"{row.kind.method} ({len(row.runs)})" for row in rows])
+        right.set_yticks([])
+        for ax in (left, right):
+            ax.set_ylim(len(rows) - 0.4, -0.6)
+        left.grid(axis="x", alpha=0.3)
+    axes[-1, 0].set_xlabel(f"{ACCURACY}, mean ± standard deviation (seeds)")
+    axes[-1, 1].set_xlabel("time of the run / epochs (s)")
+    return figure
+
+
+def by_flag(args: argparse.Namespace) -> Figure:
+    """A panel for each setting: accuracy by the value of a flag, a line for each method."""
+    rows = [without(row, args.flag) for row in rows_of(found_runs(args))]
+    drawn = {panel: lines_of(each, args.flag) for panel, each in panels(rows).items()}
+    drawn = {panel: lines for panel, lines in drawn.items() if lines}
+    if not drawn:
+        refuse(args.paths[0], f"no method has two values of {typed(args.flag)} in one setting")
+    figure = Figure(figsize=(2 + 3.5 * len(drawn), 3.8), layout="constrained")
+    axes = figure.subplots(1, len(drawn), squeeze=False)[0]
+    legend = {}
+    for ax, (panel, lines) in zip(axes, drawn.items(), strict=True):
+        ax.set_title(title(panel, drawn), loc="left", fontsize=10)
+        for method, points in lines.items():
+            means, deviations = zip(*map(best, points.values()), strict=True)
+            ends = [deviation or 0 for deviation in deviations]
+            percent = [100 * value for value in points]
+            legend[method] = ax.errorbar(percent, means, ends, capsize=3, label=method, **LOOKS[method])
+        ax.grid(alpha=0.3)
+    figure.supxlabel(SHARES[args.flag], fontsize=10)
+    axes[0].set_ylabel(f"{ACCURACY}, mean ± standard deviation")
+    figure.legend(handles=[legend[method] for method in OWN if method in legend], loc="outside right upper")
+    return figure
+
+
+def without(row: Row, flag: str) -> Row:
+    """The row, as if the flag were no part of its kind; its runs know the value."""
+    setting, own = ([pair for pair in flags if pair[0] != flag] for flags in (row.kind.setting, row.kind.own))
+    return row._replace(kind=row.kind._replace(setting=tuple(setting), own=tuple(own)))
+
+
+def lines_of(rows: list[Row], flag: str) -> dict[str, dict[float, Row]]:
+    """{method: {value of the flag: row}}, sorted, of the methods with at least two values.
+
+    Beside a flag of the ss or tf term stand the rows of the ablation that lack it, level.
+    """
+    values: dict[float, list[Row]] = defaultdict(list)
+    for row in rows:
+        if row.kind.has(flag):
+            values[next(iter(row.runs.values())).kind.value(flag)].append(row)
+    lines: dict[str, dict[float, Row]] = defaultdict(dict)
+    for value in sorted(values):
+        for method, row in nearest(values[value]).items():
+            lines[method][value] = row
+    lines = {method: points for method, points in lines.items() if len(points) > 1}
+    if lines:
+        level = {method: row for method, row in nearest(rows).items() if method in ABLATION and not row.kind.has(flag)}
+        lines |= {method: dict.fromkeys((min(values), max(values)), row) for method, row in level.items()}
+    return lines
+
+
+def curves(args: argparse.Namespace) -> Figure:
+    """The test accuracy of each run after each epoch; that of a teacher dotted."""
+    runs = sorted(found_runs(args), key=lambda run: list(OWN).index(run.kind.method))
+    teachers = {run.kind.teacher for run in runs}
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    ax = figure.subplots()
+    lines = {}
+    for run in runs:
+        epochs, accuracies = zip(*log_of(run), strict=True)
+        look = LOOKS[run.kind.method] | ({"linestyle": ":"} if run.kind.network in teachers else {})
+        (line,) = ax.plot(epochs, accuracies, markevery=max(1, len(epochs) // 10), **look)
+        lines[f"{run.kind.network}, {run.kind.method}"] = line
+    held_out = any(run.kind.value("val_fraction") for run in runs)
+    ax.set_xlabel("epoch")
+    ax.set_ylabel("accuracy on held-out images (%)" if held_out else ACCURACY)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.legend(lines.values(), lines)
+    ax.grid(alpha=0.3)
+    return figure
+
+
+def log_of(run: Run) -> list[tuple[int, float]]:
+    """The epochs of a run, and the accuracy after each, from its log.jsonl."""
+    if not Path(run.place).is_dir():
+        refuse(run.place, "no folder of a run: the epochs are in its log.jsonl only")
+    file = Path(run.place) / "log.jsonl"
+    try:
+        lines = [json.loads(line) for line in file.read_text().splitlines()]
+        return [(line["epoch"], line["val/cls_acc"]) for line in lines if "val/cls_acc" in line] or refuse(
+            file, "empty"
+        )
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        refuse(file, f"{type(error).__name__}: {error}")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="FIGURE")
-    command = commands.add_parser("method", help="the method at a glance")
-    command.add_argument("--output", type=Path, default=FIGURES / "method.svg", help="its ending tells the format")
-    command.set_defaults(draw=method)
-    args = parser.parse_args(argv)
-    with matplotlib.style.context(["default", STYLE]):
-        args.draw().savefig(args.output, dpi=144, metadata={"Date": None})
+
+    def add(name: str, draw: Callable, text: str) -> None:
+        command = commands.add_parser(name, help=text, description=text)
+        output = FIGURES / f"{name.replace('-', '_')}.svg"
+        command.add_argument("--output", type=Path, default=output, help="its ending tells the format")
+        command.set_defaults(draw=draw, flag=name.replace("-", "_"))
+        if draw is not method:
+            where = "a .jsonl file, or a folder of runs"
+            command.add_argument("paths", nargs="+", type=Path, metavar="PATH", help=where)
+            command.add_argument("--dataset", default=COMMON["dataset"], help="the runs on this data set")
+            command.add_argument("--dark", action="store_true", help="for a dark page")
+
+    add("method", method, "the method at a glance")
+    add("accuracy", accuracy, "accuracy of each method, beside what an epoch costs")
+    for flag in SHARES:
+        add(flag.replace("_", "-"), by_flag, f"accuracy by {typed(flag)}")
+    add("curves", curves, "accuracy after each epoch, from the folders of runs")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    style = ["default", STYLE]
+    if args.draw is not method:
+        style.append(STUDY | (DARK if args.dark else {}))
+    with matplotlib.style.context(style):
+        figure = args.draw() if args.draw is method else args.draw(args)
+        figure.savefig(args.output, dpi=144, metadata={"Date": None})
 
 
 if __name__ == "__main__":

@@ -121,3 +121,19 @@ def write_run(folder, flags, best, last, starts=(START,)):
 def write_teacher(root, arch, best, last, *words):
     flags = flags_of(teacher.parse_args, "--arch", arch, "--lr", "0.01" if arch in LOW_RATE else "0.05", *words)
     write_run(root / f"teacher_{arch}_seed{flags['seed']}", flags, best, last)
+
+
+def write_student(root, pair, best, last, *words, teacher_seed=None, teacher=None, **more):
+    """A student of the teacher of its own seed unless told; `teacher`: the fingerprint of the teacher's weights."""
+    flags = flags_of(student.parse_args, "--t-path", "-", "--s-arch", pair[1], *words) | more
+    teacher_seed = flags["seed"] if teacher_seed is None else teacher_seed
+    flags["teacher"] = teacher or f"{pair[0]}-{teacher_seed}"
+    weights = f"weight{flags['tf_weight']}+{flags['ss_weight']}"
+    folder = f"sskd_student_{pair[1]}_{weights}_seed{flags['seed']}_teacher_{pair[0]}_seed{teacher_seed}"
+    write_run(root / folder, flags, best, last)
+    return root / folder
+
+
+def change(file, **entries):
+    """Changes entries of a JSON file."""
+    file.write_text(json.dumps(json.loads(file.read_text()) | entries))

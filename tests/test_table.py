@@ -11,7 +11,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import LOW_RATE, ROOT, START, flags_of, write_run, write_teacher
+from conftest import LOW_RATE, ROOT, START, change, flags_of, write_run, write_student, write_teacher
 
 import baseline
 import student
@@ -22,22 +22,6 @@ from methods import METHODS
 SYNTHETIC = ("--dataset", "synthetic")
 STUDY = ROOT / "experiments" / "fashion_mnist.jsonl"
 PAGE = ROOT / "experiments" / "README.md"
-
-
-def write_student(root, pair, best, last, *words, teacher_seed=None, teacher=None, **more):
-    """A student of the teacher of its own seed unless told; `teacher`: the fingerprint of the teacher's weights."""
-    flags = flags_of(student.parse_args, "--t-path", "-", "--s-arch", pair[1], *words) | more
-    teacher_seed = flags["seed"] if teacher_seed is None else teacher_seed
-    flags["teacher"] = teacher or f"{pair[0]}-{teacher_seed}"
-    weights = f"weight{flags['tf_weight']}+{flags['ss_weight']}"
-    folder = f"sskd_student_{pair[1]}_{weights}_seed{flags['seed']}_teacher_{pair[0]}_seed{teacher_seed}"
-    write_run(root / folder, flags, best, last)
-    return root / folder
-
-
-def change(file, **entries):
-    """Changes entries of a JSON file."""
-    file.write_text(json.dumps(json.loads(file.read_text()) | entries))
 
 
 def cells(printed, title, pair):
