@@ -157,9 +157,9 @@ def method() -> Figure:
 
 # Of a method, the same in every figure: colour, marker and dashes, which are told apart without the colour, too.
 COLOURS = ["#7d838c", "#2f7fc1", "#a35cc4", "#2a9a63", "#d9541e", "#1f9bab", "#b38a12", "#cf4f80"]
-MARKERS = "o^v<sPDX>ph"
+MARKERS, DASHES = "o^v<sPDX>ph*d", ["-", "--", ":", "-."]
 LOOKS = {
-    method: {"color": COLOURS[i % 8], "marker": MARKERS[i % 11], "linestyle": ["-", "--", ":"][i // 8]}
+    method: {"color": COLOURS[i % 8], "marker": MARKERS[i % 13], "linestyle": DASHES[(i + i // 8) % 4]}
     for i, method in enumerate(OWN)
 }
 INKS = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
@@ -240,7 +240,7 @@ def accuracy(args: argparse.Namespace) -> Figure:
             (mean, deviation), cost = best(row), seconds(row)
             color, marker = (LOOKS[row.kind.method][name] for name in ("color", "marker"))
             left.errorbar(mean, y, xerr=deviation, capsize=3, color=color, marker=marker)
-            left.annotate(f"{mean:.1f}", (mean, y), (0, 5), textcoords="offset points", ha="center", fontsize=7)
+            left.annotate(f"{mean:.2f}", (mean, y), (0, 5), textcoords="offset points", ha="center", fontsize=7)
             right.barh(y, cost, 0.6, color=color)
             right.annotate(f"{cost:.3g}", (cost, y), (3, 0), textcoords="offset points", va="center", fontsize=8)
         left.set_yticks(range(len(rows)), [f"{row.kind.method} ({len(row.runs)})" for row in rows])
