@@ -82,6 +82,7 @@ def train(args: Namespace) -> Path:
     networks = make_networks(args, checkpoint.network, device)
     method = make_method(args, checkpoint, networks, data[0].labels)
     run.start(device)  # only now: whether the method goes with the networks is known
+    run.tell_sizes(networks.student, checkpoint.network)
     utils.report_teacher(checkpoint.network, checkpoint.file, data[1], networks.autocast)
     if hasattr(method, "first_loss"):
         prepare(args, run, networks, method, data[0])
@@ -174,8 +175,9 @@ def distil(args: Namespace, run: Run, networks: Networks, method: nn.Module, dat
             method.start_epoch(args.seed, epoch)
         batches = train_set.batches("baseline", epoch, views=1)
         means = utils.train_epoch(trained, loss_of, batches, sgd, len(train_set), f"student epoch {epoch}")
-        ce_loss, acc = utils.evaluate(student, test_set, networks.autocast, f"test after student epoch {epoch}")
-        run.log(epoch, len(train_set), train=means | {"lr": sgd.lr}, val={"ce_loss": ce_loss, "cls_acc": acc})
+        ce_loss, acc, top5 = utils.evaluate(student, test_set, networks.autocast, f"test after student epoch {epoch}")
+        tested = {"ce_loss": ce_loss, "cls_acc": acc, "cls_acc_top5": top5}
+        run.log(epoch, len(train_set), train=means | {"lr": sgd.lr}, val=tested)
         sgd.end_epoch()
         run.keep_best("student_best.pth", acc, {"epoch": epoch, "state_dict": student.state_dict(), "best_acc": acc})
     run.finish()

@@ -25,6 +25,8 @@ from torch import Tensor
 from torchvision import datasets as tv
 from tqdm import tqdm
 
+from utils import warn
+
 SIDE, PAD = 32, 4
 SHIFTS = 2 * PAD + 1  # a crop starts at 0 … 8, downwards and to the right
 
@@ -36,6 +38,20 @@ STATISTICS = {
     "synthetic": ((0.4330,) * 3, (0.1820,) * 3),
 }
 NUM_CLASSES = {"cifar100": 100, "cifar10": 10, "fashion_mnist": 10, "synthetic": 100}
+# what the labels mean, in their order; of a data set that is not here they are numbers
+CLASSES = {
+    "cifar100": (
+        "apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can "
+        "castle caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin "
+        "elephant flatfish forest fox girl hamster house kangaroo keyboard lamp lawn_mower leopard lion lizard "
+        "lobster man maple_tree motorcycle mountain mouse mushroom oak_tree orange orchid otter palm_tree pear "
+        "pickup_truck pine_tree plain plate poppy porcupine possum rabbit raccoon ray road rocket rose sea seal shark "
+        "shrew skunk skyscraper snail snake spider squirrel streetcar sunflower sweet_pepper table tank telephone "
+        "television tiger tractor train trout tulip turtle wardrobe whale willow_tree wolf woman worm"
+    ).split(),
+    "cifar10": "airplane automobile bird cat deer dog frog horse ship truck".split(),
+    "fashion_mnist": "T-shirt/top trouser pullover dress coat sandal shirt sneaker bag ankle_boot".split(),
+}
 
 # CIFAR-100's number of images and what `in_hash_order` says of their content
 CIFAR100 = {
@@ -238,6 +254,8 @@ def load(args: Namespace, device: torch.device | str) -> tuple[Images, Images]:
             pixels, labels = pixels[kept], labels[kept]
         if train and args.label_noise > 0:
             labels = label_noise(labels, args.label_noise, NUM_CLASSES[name], args.seed)
+        if train and args.batch_size > len(pixels):
+            warn(f"--batch-size {args.batch_size} is more than the {len(pixels)} training images: an epoch is one step")
         splits.append(Images(pixels, labels, STATISTICS[name], device, args.batch_size, args.seed))
     return splits[0], splits[1]
 

@@ -34,15 +34,15 @@ from types import FrameType
 from typing import Any, NoReturn
 
 import torch
-from tensorboardX import summary
-from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX import summary, writer
+from tensorboardX.event_file_writer import EventFileWriter, EventsWriter
 from tensorboardX.proto.event_pb2 import Event
 from torch import Tensor, nn
 
-from utils import Fault, UserError, device_name
+from utils import Fault, UserError, device_name, size_of, warn
 
 # flags that change no result
-HARMLESS = {"gpu_id", "data_root", "data_url", "experiments", "overwrite", "evaluate"}
+HARMLESS = {"gpu_id", "data_root", "data_url", "experiments", "overwrite", "evaluate", "per_class"}
 HARMLESS |= {"t_path", "t_arch", "s_path", "export"}
 SUMMARY = "best_acc", "best_epoch", "last_acc"  # what every result.json holds
 CONDITIONS = "commit", "python", "torch", "device", "threads"  # of which the last digits of a run may depend
@@ -239,6 +239,7 @@ class Run:
         flags = {name: value for name, value in vars(args).items() if name not in HARMLESS} | more
         self.flags = json.loads(json.dumps(flags))
         self.overwrite = args.overwrite
+        self.sizes: dict[str, int] = {}  # of the networks, for result.json
         self.result, self.last = self._look()
 
     def _look(self) -> tuple[dict | None, dict | None]:
@@ -328,16 +329,32 @@ class Run:
         last = self.last or copy.deepcopy(FRESH)
         self.done, self.acc, self.best, self.seconds = last["done"], last["acc"], last["best"], last["seconds"]
         self.files, self.unwritten = last["files"], list(last["files"])
+        if not self.last:
+            self._warn()
         self._cut_back(last["sizes"])
         self._note_start(device)
         self._write_files()
         events = self.folder / "events"
+        if (
+            writer.EventFileWriter is not EventFileWriter
+        ):  # W&B's sync_tensorboard took its place, to be told the folder
+            writer.EventFileWriter(str(events), filename_suffix=".0").close()
         self._events = EventsWriter(str(events / "events"), f".{len(list(events.iterdir())) + 1}")
         weakref.finalize(self, _close, self._events)
         self.began = self._mark = time.monotonic()
         print(f"run: {self.folder}", flush=True)
         if self.last:
             print(f"continuing after epoch {last['epoch']} of the {last['phase']}", flush=True)
+
+    def _warn(self) -> None:
+        """Tells what is odd about a run that begins."""
+        for of_head in ("", "t_"):
+            milestones, epochs = (self.flags.get(of_head + name) for name in ("milestones", "epoch"))
+            if milestones and milestones[0] > epochs:
+                flag = f"--{of_head}milestones".replace("_", "-")
+                warn(f"{flag} {' '.join(map(str, milestones))}: the learning rate never falls within {epochs} epochs")
+        if any(path.stat().st_size for path in self.folder.glob("log.jsonl")):
+            warn(f"{self.folder} was begun before, but its ckpt/last.pth is gone: it begins anew")
 
     def _clear(self) -> None:
         first = self.folder / "result.json", self.ckpt / "last.pth"  # a half-deleted run must not pass for a whole one
@@ -370,8 +387,18 @@ class Run:
             f"{name} was {before.get(name)}, is {now[name]}" for name in CONDITIONS if before.get(name) != now[name]
         ]
         if changed:
-            print(f"continued under other conditions, so not bit for bit: {', '.join(changed)}", file=sys.stderr)
+            warn(f"continued under other conditions, so not bit for bit: {', '.join(changed)}")
         write_atomically(path, _json({"flags": self.flags, "starts": [*starts, now]}))
+
+    def tell_sizes(self, network: nn.Module, teacher: nn.Module | None = None) -> None:
+        """Prints how large the trained network and its teacher are; result.json will tell it, too."""
+        told = []
+        for whose, each in (("", network), ("teacher_", teacher)):
+            if each is not None:
+                params, multiply_adds = size_of(each)
+                self.sizes |= {f"{whose}params": params, f"{whose}multiply_adds": multiply_adds}
+                told.append(f"{params / 1e6:.2f} M parameters, {multiply_adds / 1e6:.1f} M multiply-adds an image")
+        print(f"network: {'; its teacher: '.join(told)}", flush=True)
 
     # ------------------------------------------------------------------------------------------ epoch by epoch
 
@@ -422,16 +449,20 @@ class Run:
             self.best = {"name": name, "acc": acc, "epoch": checkpoint["epoch"]}
             self.keep(name, copy.deepcopy(checkpoint))  # the weights themselves go on changing
 
-    def log(self, epoch: int, images: int, **splits: dict[str, float]) -> None:
-        """Records an epoch over `images` training images, by split (`train`, `val`), and prints its line."""
+    def log(self, epoch: int, images: int, **splits: dict[str, float | None]) -> None:
+        """Records an epoch over `images` training images, by split (`train`, `val`), and prints its line.
+
+        A value of None is left out.
+        """
         self._check_lock()
         scalars = {f"{split}/{name}": value for split, values in splits.items() for name, value in values.items()}
+        scalars = {tag: value for tag, value in scalars.items() if value is not None}
         self._record(self.phase, epoch, scalars)
         now = time.monotonic()
         seconds, self._mark = now - self._mark, now
         self._add_events(epoch, summary.scalar(f"speed/{self.phase}_images_per_second", images / seconds))
         left = datetime.timedelta(seconds=round(seconds * (self.total - epoch)))
-        shown = "  ".join(f"{tag} {value:{'.2f' if tag.endswith('acc') else '.4g'}}" for tag, value in scalars.items())
+        shown = "  ".join(f"{tag} {value:{'.2f' if '_acc' in tag else '.4g'}}" for tag, value in scalars.items())
         speed = f"{seconds:.1f} s, {images / seconds:.0f} images/s, {left} left"
         print(f"{self.phase} {epoch}/{self.total}  {shown}  {speed}", flush=True)
 
@@ -473,13 +504,13 @@ class Run:
         """Writes result.json: from now on the run is complete."""
         self._check_lock()
         self._write_files()
-        flags = {name: " ".join(map(str, v)) if isinstance(v, list) else str(v) for name, v in self.flags.items()}
+        flags = {name: " ".join(map(str, v)) if isinstance(v, list) else v for name, v in self.flags.items()}
         result = {"best_acc": self.best["acc"], "best_epoch": self.best["epoch"], "last_acc": self.acc}
         final = {f"final/{name}": result[name] for name in ("best_acc", "last_acc")}
         table = summary.hparams(flags, final)  # a row of TensorBoard's table of runs
         self._add_events(self.total, *table, *(summary.scalar(*item) for item in final.items()))
         self._events.close()
-        result |= {"epochs": self.total, "seconds": round(self._seconds(), 1)}
+        result |= {"epochs": self.total, "seconds": round(self._seconds(), 1)} | self.sizes
         write_atomically(self.folder / "result.json", _json(result))
         print(f"finished: {_summary(result)}", flush=True)
 

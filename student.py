@@ -88,6 +88,7 @@ def train(args: Namespace) -> Path:
     device = utils.pick_device(args.gpu_id)
     data = cifar.load(args, device)
     run.start(device)
+    run.tell_sizes(models.model_dict[args.s_arch](num_classes=cifar.NUM_CLASSES[args.dataset]), checkpoint.network)
     utils.set_up(args.seed, device, args.deterministic)
     autocast = utils.precision(args.amp, device)
 
@@ -188,8 +189,9 @@ def distil(args: Namespace, run: Run, teacher: Wrapper, data: Data, autocast: Ca
             run.show(epoch, "views", utils.views_image(train_set.brightness(views), VIEWS))
         batches = train_set.batches("student", epoch, VIEWS)
         trained = utils.train_epoch(student, loss_of, batches, sgd, len(train_set), f"student epoch {epoch}")
-        ce_loss, acc = utils.evaluate(student.backbone, test_set, autocast, f"test after student epoch {epoch}")
-        run.log(epoch, len(train_set), train=trained | {"lr": sgd.lr}, val={"ce_loss": ce_loss, "cls_acc": acc})
+        ce_loss, acc, top5 = utils.evaluate(student.backbone, test_set, autocast, f"test after student epoch {epoch}")
+        tested = {"ce_loss": ce_loss, "cls_acc": acc, "cls_acc_top5": top5}
+        run.log(epoch, len(train_set), train=trained | {"lr": sgd.lr}, val=tested)
         sgd.end_epoch()
         run.keep_best("student_best.pth", acc, {"epoch": epoch, "state_dict": student.state_dict(), "best_acc": acc})
         if epoch in (1, args.epoch):

@@ -33,9 +33,12 @@ def parse_args(argv: list[str] | None) -> Namespace:
     parser.add_argument("--arch", choices=models.model_dict, metavar="NETWORK", help=f"one of {known}")
     accuracy_of = "print the test accuracy of a run folder or checkpoint, and exit"
     parser.add_argument("--evaluate", metavar="PATH", help=accuracy_of)
+    parser.add_argument("--per-class", action="store_true", help="with --evaluate: the accuracy of each class, too")
     args = parser.parse_args(argv)
     if args.arch is None and args.evaluate is None:
         parser.error(f"--arch is missing; the known ones are {known}")
+    if args.per_class and args.evaluate is None:
+        parser.error("--per-class is for --evaluate: give the run folder or checkpoint, too")
     return args
 
 
@@ -58,6 +61,7 @@ def train(args: Namespace) -> None:
     utils.set_up(args.seed, device, args.deterministic)
 
     model = models.model_dict[args.arch](num_classes=cifar.NUM_CLASSES[args.dataset])
+    run.tell_sizes(model)
     model.to(device, memory_format=torch.channels_last)  # the layout in which convolutions are fastest
     autocast = utils.precision(args.amp, device)
     loss_of = utils.compiled(make_loss(model, autocast), args.compile, device)
@@ -65,8 +69,9 @@ def train(args: Namespace) -> None:
     for epoch in run.epochs("teacher", args.epoch, model=model, optimisation=sgd):
         batches = train_set.batches("teacher", epoch, views=1)
         trained = utils.train_epoch(model, loss_of, batches, sgd, len(train_set), f"teacher epoch {epoch}")
-        loss, acc = utils.evaluate(model, test_set, autocast, f"test after teacher epoch {epoch}")
-        run.log(epoch, len(train_set), train=trained | {"lr": sgd.lr}, val={"cls_loss": loss, "cls_acc": acc})
+        loss, acc, top5 = utils.evaluate(model, test_set, autocast, f"test after teacher epoch {epoch}")
+        tested = {"cls_loss": loss, "cls_acc": acc, "cls_acc_top5": top5}
+        run.log(epoch, len(train_set), train=trained | {"lr": sgd.lr}, val=tested)
         sgd.end_epoch()
         checkpoint = {"epoch": epoch, "state_dict": model.state_dict(), "acc": acc}
         run.keep_best("best.pth", acc, checkpoint)
@@ -93,8 +98,14 @@ def evaluate(args: Namespace) -> None:
     device = utils.pick_device(args.gpu_id)
     _, test_set = cifar.load(args, device)
     model.to(device, memory_format=torch.channels_last)
-    _, acc = utils.evaluate(model, test_set, utils.precision(args.amp, device))
-    print(f"test accuracy {acc:.2f} % of {len(test_set)} images")
+    autocast = utils.precision(args.amp, device)
+    tested = utils.evaluate(model, test_set, autocast)
+    top5 = "" if tested.acc_top5 is None else f", top-5 {tested.acc_top5:.2f} %,"
+    print(f"test accuracy {tested.acc:.2f} %{top5} of {len(test_set)} images")
+    if args.per_class:
+        names = cifar.CLASSES.get(args.dataset, ())
+        for label, count, acc in utils.class_accuracies(model, test_set, autocast):
+            print(f"{label:>5}  {names[label] if names else '':16}{count:>6} images{acc:>8.2f} %")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -155,6 +155,11 @@ def data_name(args: argparse.Namespace) -> str:
 # ------------------------------------------------------------------------------------------------ device and precision
 
 
+def warn(text: str) -> None:
+    """One line on stderr about something odd, with which the run goes on."""
+    print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
 def pick_device(gpu_id: int) -> torch.device:
     """CUDA `gpu_id`, else Apple's MPS, else the CPU; printed in one line."""
     if torch.cuda.is_available():
@@ -164,6 +169,8 @@ def pick_device(gpu_id: int) -> torch.device:
         torch.cuda.set_device(device)
     else:
         device = torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        if gpu_id:
+            warn(f"--gpu-id {gpu_id}: PyTorch finds no CUDA device here, so this runs on the {device}")
     threads = "" if device.type == "cuda" else f", {torch.get_num_threads()} threads"
     print(f"device: {device} ({device_name(device)}{threads})", flush=True)
     return device
@@ -275,6 +282,12 @@ def accuracy(scores: Tensor, target: Tensor) -> Tensor:
     return (scores.argmax(1) == target).to(wide(target.device)).mean() * 100
 
 
+def accuracy_top5(scores: Tensor, target: Tensor) -> Tensor:
+    """The same for the five highest columns; equal scores rank in the order of their columns, as in `argmax`."""
+    five = scores.argsort(dim=1, descending=True, stable=True)[:, :5]
+    return (five == target.unsqueeze(1)).any(1).to(wide(target.device)).mean() * 100
+
+
 class Meter:
     """Means of scalars over an epoch, kept on the device so that adding never waits for it.
 
@@ -336,9 +349,17 @@ def train_epoch(
     return meter.means()
 
 
+class Test(NamedTuple):
+    """What a network reached on a split."""
+
+    loss: float  # cross-entropy, in nats
+    acc: float  # top-1, in percent
+    acc_top5: float | None  # None where there are no more than five classes
+
+
 @torch.inference_mode()
-def evaluate(model: nn.Module, images: Any, autocast: Callable, label: str = "test") -> tuple[float, float]:
-    """Cross-entropy (nats) and accuracy (%) of `model` on the normal views of a split; leaves it in eval mode.
+def evaluate(model: nn.Module, images: Any, autocast: Callable, label: str = "test") -> Test:
+    """Tests `model` on the normal views of a split; leaves it in eval mode.
 
     `label` says what is tested, if the loss should not be finite.
     """
@@ -348,15 +369,52 @@ def evaluate(model: nn.Module, images: Any, autocast: Callable, label: str = "te
         with autocast():
             logits = model(batch.x)
         loss = F.cross_entropy(logits.float(), batch.target)
-        meter.add(len(batch.target), loss, {"cls_loss": loss, "cls_acc": accuracy(logits, batch.target)})
+        means = {"cls_loss": loss, "cls_acc": accuracy(logits, batch.target)}
+        if logits.shape[1] > 5:
+            means["cls_acc_top5"] = accuracy_top5(logits, batch.target)
+        meter.add(len(batch.target), loss, means)
     means = meter.means()
-    return means["cls_loss"], means["cls_acc"]
+    return Test(means["cls_loss"], means["cls_acc"], means.get("cls_acc_top5"))
+
+
+@torch.inference_mode()
+def class_accuracies(model: nn.Module, images: Any, autocast: Callable) -> list[tuple[int, int, float]]:
+    """For every class that a split has: its label, its number of images, and the accuracy on them in percent."""
+    model.eval()
+    right = []
+    for batch in images.test_batches(views=1):
+        with autocast():
+            right.append(model(batch.x).argmax(1) == batch.target)
+    right = torch.cat(right)
+    rows = []
+    for label in images.labels.unique().tolist():
+        of_class = right[images.labels == label]
+        rows.append((label, len(of_class), of_class.float().mean().item() * 100))
+    return rows
 
 
 def report_teacher(network: nn.Module, file: Path, images: Any, autocast: Callable) -> None:
     """Prints the teacher's accuracy on the test split, which shows at once if it is not the network that was meant."""
-    _, acc = evaluate(network, images, autocast, "test of the teacher")
-    print(f"teacher: {file}, test accuracy {acc:.2f}", flush=True)
+    tested = evaluate(network, images, autocast, "test of the teacher")
+    print(f"teacher: {file}, test accuracy {tested.acc:.2f}", flush=True)
+
+
+@torch.no_grad()
+def size_of(network: nn.Module, side: int = 32) -> tuple[int, int]:
+    """Parameters, and multiply-adds of the convolutions and linear layers for one image of `side` × `side` pixels."""
+    counts = []
+
+    def count(module: nn.Module, _: Any, out: Tensor) -> None:
+        counts.append(out.numel() * module.weight[0].numel())  # each output is a sum over one filter's weights
+
+    layers = [module for module in network.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+    hooks = [layer.register_forward_hook(count) for layer in layers]
+    training = network.training
+    network.eval()(torch.zeros(1, 3, side, side, device=next(network.parameters()).device))
+    network.train(training)
+    for hook in hooks:
+        hook.remove()
+    return sum(parameter.numel() for parameter in network.parameters()), sum(counts)
 
 
 # ---------------------------------------------------------------------------------------------- what TensorBoard shows

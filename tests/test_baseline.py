@@ -86,7 +86,7 @@ def test_every_method_trains_and_leaves_what_the_design_promises(method, flags, 
     assert ([line["epoch"] for line in first], len(main)) == ([1, 2] if method in ("ab", "ft") else [], 2)
     assert all(set(line) == {"phase", "epoch", "train/first_loss", "train/first_lr"} for line in first)
     tags = {"train/ce_loss", "train/kd_loss", f"train/{method}_loss", "train/cls_acc", "train/lr"}
-    tags |= {"val/ce_loss", "val/cls_acc"}
+    tags |= {"val/ce_loss", "val/cls_acc", "val/cls_acc_top5"}
     assert all(set(line) == tags | {"phase", "epoch"} for line in main)
     events = EventAccumulator(str(folder / "events")).Reload()
     for tag in tags:

@@ -676,3 +676,69 @@ def test_a_scalar_that_is_not_finite_is_null_in_the_log(tmp_path):
     for epoch in run.epochs("teacher", 1):
         run.log(epoch, 4, train={"ss_loss": float("nan"), "cls_loss": 1.0})
     assert run.lines("teacher") == [{"train/ss_loss": None, "train/cls_loss": 1.0}]
+
+
+# ------------------------------------------------------------------------------------------ what is odd, in one line
+
+
+def warnings_of(flags, capsys):
+    capsys.readouterr()
+    teacher.main(flags)
+    return capsys.readouterr().err.splitlines()
+
+
+def test_milestones_beyond_the_last_epoch_are_told(tmp_path, capsys):
+    flags = ["--arch", "resnet8", *SHORT, "--experiments", str(tmp_path)]
+    line = "warning: --milestones 2 3: the learning rate never falls within 1 epochs"
+    assert warnings_of([*flags, "--milestones", "2", "3"], capsys) == [line]
+    assert warnings_of([*flags, "--milestones", "1", "3", "--seed", "1"], capsys) == []
+
+
+def test_milestones_of_the_ss_head_beyond_its_last_epoch_are_told(tmp_path, capsys):
+    run = record.Run(
+        tmp_path / "run",
+        student.parse_args(["--t-path", "unused", *SHORT_STUDENT, "--t-epoch", "2", "--t-milestones", "3"]),
+    )
+    run.start(torch.device("cpu"))
+    line = "warning: --t-milestones 3: the learning rate never falls within 2 epochs"
+    assert capsys.readouterr().err.splitlines() == [line]
+
+
+def test_a_batch_larger_than_the_data_is_told(tmp_path, capsys):
+    flags = ["--arch", "resnet8", *SHORT, "--experiments", str(tmp_path), "--batch-size", "5"]
+    line = "warning: --batch-size 5 is more than the 4 training images: an epoch is one step"
+    assert warnings_of(flags, capsys) == [line]
+
+
+def test_a_gpu_that_is_not_there_is_told(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert utils.pick_device(0).type == utils.pick_device(1).type == "cpu"
+    line = "warning: --gpu-id 1: PyTorch finds no CUDA device here, so this runs on the cpu"
+    assert capsys.readouterr().err.splitlines() == [line]
+
+
+def test_a_run_without_any_checkpoint_begins_anew_and_says_so(tmp_path, capsys):
+    flags, folder = made(tmp_path)
+    expected = contents(folder)
+    for path in (folder / "ckpt").iterdir():
+        path.unlink()
+    line = f"warning: {folder} was begun before, but its ckpt/last.pth is gone: it begins anew"
+    assert warnings_of(flags, capsys) == [line]
+    (folder / "result.json").unlink()
+    assert contents(folder) == expected
+
+
+def test_whoever_replaces_tensorboardx_file_writer_is_told_the_folder(tmp_path, monkeypatch, capsys):
+    """As W&B's sync_tensorboard does; it then reads all event files that appear there."""
+    folders = []
+
+    class Listening(record.writer.EventFileWriter):
+        def __init__(self, logdir, *args, **kwargs):
+            folders.append(logdir)
+            super().__init__(logdir, *args, **kwargs)
+
+    monkeypatch.setattr(record.writer, "EventFileWriter", Listening)
+    _, folder = made(tmp_path)
+    assert folders == [str(folder / "events")]
+    assert [step for step, _ in curves(folder)["val/cls_acc"]] == [1, 2]

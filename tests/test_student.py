@@ -182,6 +182,8 @@ def test_a_run_leaves_what_the_design_promises(runs):
     assert {path.name for path in (runs.student / "ckpt").iterdir()} == {"student_best.pth", "teacher.pth", "last.pth"}
     best = torch.load(runs.student / "ckpt" / "student_best.pth", weights_only=True)
     result = json.loads((runs.student / "result.json").read_text())
+    assert (result["teacher_params"], result["teacher_multiply_adds"]) == (83_892, 12_507_392)
+    assert result["params"] == sum(x.numel() for x in models.model_dict["resnet14x05"]().parameters())
     assert set(best) == {"epoch", "state_dict", "best_acc"}
     assert (best["best_acc"], best["epoch"]) == (result["best_acc"], result["best_epoch"])
     teacher = Wrapper(models.model_dict["resnet8"]())
@@ -197,7 +199,7 @@ def test_tensorboard_reads_the_curves_of_both_phases(runs):
         "train/teacher_lr"
     }
     terms = {f"train/{name}" for name in ("ce_loss", "kd_loss", "tf_loss", "ss_loss", "cls_acc", "ss_acc", "lr")}
-    logged = head | terms | {"val/ce_loss", "val/cls_acc"}
+    logged = head | terms | {"val/ce_loss", "val/cls_acc", "val/cls_acc_top5"}
     others = {f"speed/{phase}_images_per_second" for phase in ("ss_head", "student")}
     others |= {"final/best_acc", "final/last_acc"}
     assert set(events.Tags()["scalars"]) == logged | others
@@ -211,6 +213,8 @@ def test_tensorboard_reads_the_curves_of_both_phases(runs):
 def test_the_teachers_accuracy_comes_before_all_training(runs):
     lines = runs.outputs[1].splitlines()
     reported = json.loads((runs.teacher / "result.json").read_text())["best_acc"]
+    (sizes,) = [line for line in lines if line.startswith("network: ")]
+    assert sizes.endswith("; its teacher: 0.08 M parameters, 12.5 M multiply-adds an image")
     teacher_line = next(i for i, line in enumerate(lines) if line.startswith("teacher: "))
     assert f"test accuracy {reported:.2f}" in lines[teacher_line]
     assert [line.split()[0] for line in lines[teacher_line + 1 :]] == ["ss_head"] * 2 + ["student"] * 3 + ["finished:"]
@@ -248,8 +252,10 @@ def test_tensorboard_holds_the_flags_beside_the_final_accuracies(runs):
     plugins = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
     started = HParamsPluginData.FromString(plugins).session_start_info.hparams
     flags = json.loads((runs.student / "config.json").read_text())["flags"]
-    assert set(started) == set(flags)
+    assert set(started) == {name for name, value in flags.items() if value is not None}
     assert started["s_arch"].string_value == "resnet14x05"
+    assert (started["lr"].number_value, started["epoch"].number_value) == (0.05, 3)
+    assert started["compile"].WhichOneof("kind") == "bool_value"
     assert started["milestones"].string_value == "2"
     result = json.loads((runs.student / "result.json").read_text())
     for name in ("best_acc", "last_acc"):

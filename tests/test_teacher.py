@@ -7,6 +7,7 @@ import torch
 from conftest import TINY
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import cifar
 import teacher
 
 SPEED = "speed/teacher_images_per_second"  # not in the log, which has to repeat bit for bit
@@ -21,6 +22,7 @@ def test_a_run_leaves_what_the_design_promises(runs):
     assert (best["acc"], best["epoch"]) == (result["best_acc"], result["best_epoch"])
     assert result["epochs"] == 3
     assert result["seconds"] > 0
+    assert (result["params"], result["multiply_adds"]) == (83_892, 12_507_392)
     config = json.loads((runs.teacher / "config.json").read_text())
     assert config["flags"]["arch"] == "resnet8"
     assert config["starts"][0]["torch"] == torch.__version__
@@ -32,7 +34,7 @@ def test_a_run_leaves_what_the_design_promises(runs):
 
 def test_tensorboard_reads_the_curves(runs):
     events = EventAccumulator(str(runs.teacher / "events")).Reload()
-    logged = {"train/cls_loss", "train/cls_acc", "train/lr", "val/cls_loss", "val/cls_acc"}
+    logged = {"train/cls_loss", "train/cls_acc", "train/lr", "val/cls_loss", "val/cls_acc", "val/cls_acc_top5"}
     assert set(events.Tags()["scalars"]) == logged | {SPEED, "final/best_acc", "final/last_acc"}
     lines = [json.loads(line) for line in (runs.teacher / "log.jsonl").read_text().splitlines()]
     for tag in logged:
@@ -54,6 +56,25 @@ def test_evaluate_gives_the_accuracies_that_the_runs_reported(runs, capsys):
         for path in (folder, folder / "ckpt" / network):
             teacher.main(["--evaluate", str(path), *TINY])
             assert f"test accuracy {reported:.2f} %" in capsys.readouterr().out
+
+
+def test_evaluate_prints_the_accuracy_of_every_class(runs, monkeypatch, capsys):
+    monkeypatch.setitem(cifar.CLASSES, "synthetic", [f"name{label}" for label in range(100)])
+    teacher.main(["--evaluate", str(runs.teacher), *TINY, "--per-class"])
+    _, _, total, *table = capsys.readouterr().out.splitlines()
+    rows = [line.split() for line in table]
+    labels = sorted(set(cifar.synthetic(False, 40)[1].tolist()))
+    assert [row[:2] for row in rows] == [[str(label), f"name{label}"] for label in labels]
+    assert sum(int(row[2]) for row in rows) == 40
+    mean = sum(int(row[2]) * float(row[4]) for row in rows) / 40
+    assert total.startswith(f"test accuracy {mean:.2f} %, top-5 ")
+
+
+def test_every_label_of_the_data_sets_has_its_name():
+    assert {name: len(names) for name, names in cifar.CLASSES.items()} == {
+        name: count for name, count in cifar.NUM_CLASSES.items() if name != "synthetic"
+    }
+    assert cifar.CLASSES["cifar100"] == sorted(set(cifar.CLASSES["cifar100"]))
 
 
 def test_the_learning_rate_falls_after_the_milestones(runs):

@@ -8,8 +8,10 @@ import torch
 import torch.nn.functional as F
 from conftest import TINY, end_of
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import cifar
+import models
 import student
 import teacher
 import utils
@@ -107,6 +109,16 @@ def test_accuracy_is_exact():
     assert utils.accuracy(scores, torch.arange(7)).item() == pytest.approx(600 / 7, rel=1e-15)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_top_5_ranks_equal_scores_in_the_order_of_their_columns(dtype):
+    scores = torch.randint(4, (200, 9), generator=torch.Generator().manual_seed(0)).to(dtype)  # many are equal
+    target = torch.arange(200) % 9
+    ranked = [sorted(range(9), key=lambda column: (-row[column], column)) for row in scores.tolist()]
+    expected = sum(int(label) in columns[:5] for columns, label in zip(ranked, target, strict=True)) / 2
+    assert utils.accuracy_top5(scores, target).item() == pytest.approx(expected, rel=1e-12)
+    assert 0 < expected < 100
+
+
 # ------------------------------------------------------------------------------------------------------------ training
 
 
@@ -134,12 +146,55 @@ def test_an_epoch_is_a_step_a_batch_in_train_mode_and_its_means_are_over_images(
 
 def test_evaluate_gives_loss_and_accuracy_over_the_whole_split():
     data, model = linear_data(), nn.Sequential(nn.Flatten(), nn.Linear(3072, 3)).train()
-    loss, acc = utils.evaluate(model, data, utils.precision("off", CPU))
+    loss, acc, top5 = utils.evaluate(model, data, utils.precision("off", CPU))
     x = torch.cat([batch.x for batch in data.test_batches(1)])
     logits = model(x)
     assert not model.training
     assert loss == pytest.approx(F.cross_entropy(logits, data.labels).item(), rel=1e-5)
     assert acc == pytest.approx((logits.argmax(1) == data.labels).float().mean().item() * 100)
+    assert top5 is None  # of three classes
+
+
+def test_the_accuracies_of_the_classes_are_counted_class_by_class():
+    data, model = linear_data(), nn.Sequential(nn.Flatten(), nn.Linear(3072, 3)).train()
+    rows = utils.class_accuracies(model, data, utils.precision("off", CPU))
+    chosen = model(torch.cat([batch.x for batch in data.test_batches(1)])).argmax(1).tolist()
+    for label, (told, count, acc) in enumerate(rows):
+        of_class = [i for i in range(40) if i % 3 == label]
+        assert (told, count) == (label, len(of_class))
+        assert acc == pytest.approx(100 * sum(chosen[i] == label for i in of_class) / count)
+    assert len(rows) == 3
+
+
+# ----------------------------------------------------------------------------------------------- size of networks
+
+
+def test_multiply_adds_are_those_counted_by_hand():
+    stem, stage1 = 3 * 16 * 9 * 32**2, 2 * 16 * 16 * 9 * 32**2
+    stage2 = (16 * 32 * 9 + 32 * 32 * 9 + 16 * 32) * 16**2  # the last: the shortcut
+    stage3 = (32 * 64 * 9 + 64 * 64 * 9 + 32 * 64) * 8**2
+    model = models.model_dict["resnet8"]().train()
+    statistics = model.bn1.running_mean.clone()
+    assert utils.size_of(model)[1] == stem + stage1 + stage2 + stage3 + 64 * 100
+    assert model.training and torch.equal(model.bn1.running_mean, statistics)
+    assert not model.fc._forward_hooks
+
+
+@pytest.mark.parametrize(
+    ("arch", "params", "multiply_adds"),
+    [("resnet56", 8.5e5, 1.25e8), ("resnet110", 1.72e6, 2.53e8)],  # Li et al., ICLR 2017, table 1
+)
+def test_sizes_are_the_published_ones(arch, params, multiply_adds):
+    found = utils.size_of(models.model_dict[arch](num_classes=10))
+    assert found == (pytest.approx(params, rel=0.01), pytest.approx(multiply_adds, rel=0.01))
+
+
+@pytest.mark.parametrize("arch", ["ShuffleV1", "MobileNetV2", "vgg8"])
+def test_multiply_adds_are_half_of_pytorchs_own_count(arch):
+    model = models.model_dict[arch]().eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, 3, 32, 32))
+    assert 2 * utils.size_of(model)[1] == counter.get_total_flops()
 
 
 def test_a_test_whose_loss_is_not_finite_says_which(tmp_path, monkeypatch, capsys):
