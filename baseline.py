@@ -9,12 +9,44 @@ crop, perhaps flipped. With AB and FT a first phase of 30 epochs comes before. T
 was stopped.
 """
 
-import signal
+from argparse import Namespace
+
+import flags
+
+
+def parse_args(argv: list[str] | None) -> Namespace:
+    parser = flags.make_parser("Distils a teacher into a student by a compared method.")
+    weight, temperature, known = flags.number(float, 0), flags.number(float, 0, above=True), ", ".join(flags.METHODS)
+    flags.add_networks(parser)
+
+    terms = "the student's loss: weighted sum of three terms (one of weight 0 is only logged)"
+    add = parser.add_argument_group(terms).add_argument
+    add("--method", choices=flags.METHODS, metavar="METHOD", help=f"one of {known}")
+    add("--ce-weight", type=weight, help="cross-entropy with the labels (default: 0.1; dkd 1)")
+    add("--kd-weight", type=weight, help="the teacher's logits (default: 0.9; dkd and ls, which replace kd, 0)")
+    add("--kd-T", type=temperature, default=4.0, help="temperature of kd: higher shows more of the wrong classes")
+    add("--weight", type=weight, help="the method's own term (default: as published, e.g. crd 0.8)")
+
+    args = parser.parse_args(argv)
+    if args.method is None:
+        parser.error(f"--method is missing; the known ones are {known}")
+    flags.check_export(parser, args)
+    flags.check_networks(parser, args)
+    from methods import METHODS  # only now: it needs PyTorch
+
+    for name, default in (("ce_weight", 0.1), ("kd_weight", 0.9), ("weight", None)):
+        if getattr(args, name) is None:
+            setattr(args, name, getattr(METHODS[args.method], name, default))
+    if args.method == "kd" and args.weight:
+        parser.error("--method kd has no term beside kd itself, whose weight is --kd-weight")
+    if not (args.ce_weight or args.kd_weight or (args.weight and args.method != "ab")):  # ab's term is 0
+        parser.error("no term has a weight: there is nothing to learn")
+    return args
+
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while PyTorch is imported, which takes seconds, just ends it
+    flags.first(parse_args)  # PyTorch takes seconds to import: --help and wrong flags are answered before
 
-from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -32,34 +64,6 @@ from teacher_store import TeacherCheckpoint, load_teacher
 from wrapper import frozen
 
 Data = tuple[cifar.Images, cifar.Images]  # training, test
-
-
-def parse_args(argv: list[str] | None) -> Namespace:
-    parser = utils.make_parser("Distils a teacher into a student by a compared method.", cifar.STATISTICS)
-    weight, temperature, known = utils.number(float, 0), utils.number(float, 0, above=True), ", ".join(METHODS)
-    utils.add_networks(parser, models.model_dict)
-
-    terms = "the student's loss: weighted sum of three terms (one of weight 0 is only logged)"
-    add = parser.add_argument_group(terms).add_argument
-    add("--method", choices=METHODS, metavar="METHOD", help=f"one of {known}")
-    add("--ce-weight", type=weight, help="cross-entropy with the labels (default: 0.1; dkd 1)")
-    add("--kd-weight", type=weight, help="the teacher's logits (default: 0.9; dkd and ls, which replace kd, 0)")
-    add("--kd-T", type=temperature, default=4.0, help="temperature of kd: higher shows more of the wrong classes")
-    add("--weight", type=weight, help="the method's own term (default: as published, e.g. crd 0.8)")
-
-    args = parser.parse_args(argv)
-    if args.method is None:
-        parser.error(f"--method is missing; the known ones are {known}")
-    utils.check_export(parser, args)
-    utils.check_networks(parser, args, models.model_dict)
-    for name, default in (("ce_weight", 0.1), ("kd_weight", 0.9), ("weight", None)):
-        if getattr(args, name) is None:
-            setattr(args, name, getattr(METHODS[args.method], name, default))
-    if args.method == "kd" and args.weight:
-        parser.error("--method kd has no term beside kd itself, whose weight is --kd-weight")
-    if not (args.ce_weight or args.kd_weight or (args.weight and args.method != "ab")):  # ab's term is 0
-        parser.error("no term has a weight: there is nothing to learn")
-    return args
 
 
 @entry(cifar.DataError, models.CheckpointError, models.ExportError, MethodError)
@@ -94,7 +98,7 @@ def run_folder(args: Namespace, teacher: str) -> Path:
     """experiments/{method}_student_…: named by the flags of the loss and by the teacher's folder."""
     return Path(args.experiments) / (
         f"{args.method}_student_{args.s_arch}_weight{args.ce_weight}+{args.kd_weight}+{args.weight}_T{args.kd_T}"
-        f"{utils.data_name(args)}_seed{args.seed}_{teacher}"
+        f"{flags.data_name(args)}_seed{args.seed}_{teacher}"
     )
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from torchvision import datasets as tv
 from tqdm import tqdm
 
-from utils import warn
+from flags import warn
 
 SIDE, PAD = 32, 4
 SHIFTS = 2 * PAD + 1  # a crop starts at 0 … 8, downwards and to the right
@@ -229,7 +229,7 @@ def cut(padded: Tensor, windows: tuple[Tensor, Tensor], window: Tensor) -> Tenso
 
 
 def load(args: Namespace, device: torch.device | str) -> tuple[Images, Images]:
-    """The training and the test split that the flags ask for (`utils.make_parser`, group "data").
+    """The training and the test split that the flags ask for (`flags.make_parser`, group "data").
 
     Raises:
         DataError: the files are missing or damaged and could not be downloaded; fewer images than asked for.

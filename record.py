@@ -39,7 +39,8 @@ from tensorboardX.event_file_writer import EventFileWriter, EventsWriter
 from tensorboardX.proto.event_pb2 import Event
 from torch import Tensor, nn
 
-from utils import Fault, UserError, device_name, size_of, warn
+from flags import UserError, show_any_name, tell, warn
+from utils import Fault, device_name, size_of
 
 # flags that change no result
 HARMLESS = {"gpu_id", "data_root", "data_url", "experiments", "overwrite", "evaluate", "per_class"}
@@ -74,9 +75,7 @@ def entry(*kinds: type[Exception]) -> Callable:
     def decorate(main: Callable) -> Callable:
         @functools.wraps(main)
         def guarded(argv: list[str] | None = None) -> None:
-            for stream in (sys.stdout, sys.stderr):
-                if hasattr(stream, "reconfigure"):
-                    stream.reconfigure(errors="backslashreplace")  # a name that the terminal can't show is no error
+            show_any_name()
             handlers = {number: signal.signal(number, _stop) for number in (signal.SIGINT, signal.SIGTERM)}
             status, line = 0, ""
             try:
@@ -94,21 +93,14 @@ def entry(*kinds: type[Exception]) -> Callable:
             if status < 128:
                 for number, handler in handlers.items():
                     signal.signal(number, handler)
-            if line and sys.stderr is not None:
-                script = f"{main.__module__}.py" if main.__module__ != "__main__" else Path(sys.argv[0]).name
-                with contextlib.suppress(OSError):
-                    print(f"{script}: {_printable(line)}", file=sys.stderr)
+            if line:
+                tell(f"{main.__module__}.py" if main.__module__ != "__main__" else Path(sys.argv[0]).name, line)
             if status:
                 sys.exit(status)
 
         return guarded
 
     return decorate
-
-
-def _printable(text: str) -> str:
-    """`text` in one line, with escape codes and whatever else is not to be seen written out."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(text.split()))
 
 
 # ------------------------------------------------------------------------------------------------------------- files

@@ -9,41 +9,23 @@ The teacher first gets a self-supervision (SS) head, trained while its backbone 
 before for the same teacher, flags and data is read instead. The same command continues a run that was stopped.
 """
 
-import signal
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while PyTorch is imported, which takes seconds, just ends it
-
 from argparse import Namespace
-from collections.abc import Callable
-from pathlib import Path
 
-import torch
-from torch import Tensor, nn
-
-import cifar
-import models
-import utils
-from losses import VIEWS, SSKDTerms, positives, similarity_matrix, split_views, ss_head_loss, sskd_terms
-from record import Run, entry, export
-from teacher_store import SSHeadFile, load_teacher
-from wrapper import Wrapper, fold_batch_norms
-
-Data = tuple[cifar.Images, cifar.Images]  # training, test
+import flags
 
 
 def parse_args(argv: list[str] | None) -> Namespace:
-    parser = utils.make_parser("Distils a teacher into a student with SSKD.", cifar.STATISTICS)
-    rate, weight, ratio = utils.number(float, 0, above=True), utils.number(float, 0), utils.number(float, 0, 1)
-    temperature, count = rate, utils.number(int, 1)
+    parser = flags.make_parser("Distils a teacher into a student with SSKD.")
+    rate, weight, ratio = flags.number(float, 0, above=True), flags.number(float, 0), flags.number(float, 0, 1)
+    temperature, count = rate, flags.number(int, 1)
 
-    add = utils.add_networks(parser, models.model_dict)
+    add = flags.add_networks(parser)
     add("--s-path", help="export this student (a run folder or checkpoint) instead of training one")
 
     add = parser.add_argument_group("the teacher's SS head (the backbone stays frozen)").add_argument
     add("--t-epoch", type=count, default=60, help="epochs")
     add("--t-lr", type=rate, default=0.05, help="learning rate")
-    milestones = {"type": count, "nargs": "+", "action": utils.Increasing, "default": [30, 45]}
+    milestones = {"type": count, "nargs": "+", "action": flags.Increasing, "default": [30, 45]}
     add("--t-milestones", **milestones, help="epochs after which the rate falls")
 
     terms = "the student's loss: weighted sum of four terms (one of weight 0 is only logged)"
@@ -59,9 +41,9 @@ def parse_args(argv: list[str] | None) -> Namespace:
     add("--ratio-ss", type=ratio, default=0.75, help="share of the teacher's wrong matches that ss imitates (k)")
 
     args = parser.parse_args(argv)
-    utils.check_export(parser, args)
+    flags.check_export(parser, args)
     if args.s_path is None:
-        utils.check_networks(parser, args, models.model_dict)
+        flags.check_networks(parser, args)
     elif args.export is None:
         parser.error("--s-path is for --export: give the file to write, too")
     if args.batch_size == 1:
@@ -69,6 +51,26 @@ def parse_args(argv: list[str] | None) -> Namespace:
     if not any(value for name, value in vars(args).items() if name.endswith("_weight")):
         parser.error("all weights are 0: there is nothing to learn")
     return args
+
+
+if __name__ == "__main__":
+    flags.first(parse_args)  # PyTorch takes seconds to import: --help and wrong flags are answered before
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import cifar
+import models
+import utils
+from losses import VIEWS, SSKDTerms, positives, similarity_matrix, split_views, ss_head_loss, sskd_terms
+from record import Run, entry, export
+from teacher_store import SSHeadFile, load_teacher
+from wrapper import Wrapper, fold_batch_norms
+
+Data = tuple[cifar.Images, cifar.Images]  # training, test
 
 
 @entry(cifar.DataError, models.CheckpointError, models.ExportError)
@@ -107,7 +109,7 @@ def run_folder(args: Namespace, teacher: str) -> Path:
         f"sskd_student_{args.s_arch}"
         f"_weight{args.ce_weight}+{args.kd_weight}+{args.tf_weight}+{args.ss_weight}"
         f"_T{args.kd_T}+{args.tf_T}+{args.ss_T}_ratio{args.ratio_tf}+{args.ratio_ss}"
-        f"{utils.data_name(args)}_seed{args.seed}_{teacher}"
+        f"{flags.data_name(args)}_seed{args.seed}_{teacher}"
     )
 
 
@@ -120,7 +122,8 @@ def train_ss_head(
     """Trains the SS head of the frozen `teacher` on the contrastive task, unless an earlier student has left one."""
     train_set, test_set = data
     head, device = teacher.proj_head, train_set.labels.device
-    if not run.last and (lines := kept.read_into(head)):  # a continued run has its head in last.pth
+    lines = [] if run.last else kept.read_into(head)  # a continued run has its head in last.pth
+    if lines:
         run.replay("ss_head", lines)
     loss_of = utils.compiled(make_ss_loss(teacher, autocast), args.compile, device)
     sgd = utils.SGD(head.parameters(), args.t_lr, args.t_milestones, args)

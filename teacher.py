@@ -8,12 +8,29 @@
 The same command continues a run that was stopped.
 """
 
-import signal
+from argparse import Namespace
+
+import flags
+
+
+def parse_args(argv: list[str] | None) -> Namespace:
+    parser = flags.make_parser("Trains a teacher on CIFAR-100 with cross-entropy.")
+    known = ", ".join(flags.NETWORKS)
+    parser.add_argument("--arch", choices=flags.NETWORKS, metavar="NETWORK", help=f"one of {known}")
+    accuracy_of = "print the test accuracy of a run folder or checkpoint, and exit"
+    parser.add_argument("--evaluate", metavar="PATH", help=accuracy_of)
+    parser.add_argument("--per-class", action="store_true", help="with --evaluate: the accuracy of each class, too")
+    args = parser.parse_args(argv)
+    if args.arch is None and args.evaluate is None:
+        parser.error(f"--arch is missing; the known ones are {known}")
+    if args.per_class and args.evaluate is None:
+        parser.error("--per-class is for --evaluate: give the run folder or checkpoint, too")
+    return args
+
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while PyTorch is imported, which takes seconds, just ends it
+    flags.first(parse_args)  # PyTorch takes seconds to import: --help and wrong flags are answered before
 
-from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,21 +44,6 @@ import utils
 from record import Run, entry
 
 
-def parse_args(argv: list[str] | None) -> Namespace:
-    parser = utils.make_parser("Trains a teacher on CIFAR-100 with cross-entropy.", cifar.STATISTICS)
-    known = ", ".join(models.model_dict)
-    parser.add_argument("--arch", choices=models.model_dict, metavar="NETWORK", help=f"one of {known}")
-    accuracy_of = "print the test accuracy of a run folder or checkpoint, and exit"
-    parser.add_argument("--evaluate", metavar="PATH", help=accuracy_of)
-    parser.add_argument("--per-class", action="store_true", help="with --evaluate: the accuracy of each class, too")
-    args = parser.parse_args(argv)
-    if args.arch is None and args.evaluate is None:
-        parser.error(f"--arch is missing; the known ones are {known}")
-    if args.per_class and args.evaluate is None:
-        parser.error("--per-class is for --evaluate: give the run folder or checkpoint, too")
-    return args
-
-
 @entry(cifar.DataError, models.CheckpointError)
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
@@ -52,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def train(args: Namespace) -> None:
-    run = Run(Path(args.experiments) / f"teacher_{args.arch}{utils.data_name(args)}_seed{args.seed}", args)
+    run = Run(Path(args.experiments) / f"teacher_{args.arch}{flags.data_name(args)}_seed{args.seed}", args)
     if run.finished(product="best.pth"):
         return
     device = utils.pick_device(args.gpu_id)

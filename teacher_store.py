@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 import models
+from flags import UserError
 from record import digest, fingerprint, read, refuse_unfinished, restoring, save
-from utils import Fault, UserError
+from utils import Fault
 
 # what a trained SS head depends on beside the teacher; no labels, so --label-noise changes nothing
 DEPENDS = "t_epoch", "t_lr", "t_milestones", "gamma", "momentum", "weight_decay", "batch_size", "seed", "amp", "compile"

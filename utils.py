@@ -1,10 +1,9 @@
-"""What the entries share while they train: flags, the device and its precision, SGD, meters, one epoch, evaluation."""
+"""What the entries share while they train: the device and its precision, SGD, meters, one epoch, evaluation."""
 
 import argparse
 import contextlib
 import ctypes
 import functools
-import math
 import os
 import platform
 import random
@@ -12,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,143 +20,14 @@ from torch import Tensor, nn
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-
-class UserError(Exception):
-    """Something the user can put right; the message says how."""
+from flags import UserError, warn
 
 
 class Fault(Exception):
     """The machine or the training failed, not the user."""
 
 
-# ------------------------------------------------------------------------------------------------------------- flags
-
-
-class _Help(argparse.ArgumentDefaultsHelpFormatter):
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default is None or action.default is False:
-            return action.help  # no "(default: None)"
-        return super()._get_help_string(action)
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse whose errors are a UserError and whose help shows the defaults."""
-
-    def __init__(self, description: str):
-        super().__init__(description=description, formatter_class=_Help, allow_abbrev=False)
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (--help lists the flags)")
-
-
-class Increasing(argparse.Action):
-    """An argparse action for numbers of which each must be above the one before."""
-
-    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, *_: Any) -> None:
-        if any(a >= b for a, b in zip(values, values[1:], strict=False)):
-            raise argparse.ArgumentError(self, f"{' '.join(map(str, values))}: milestones must increase")
-        setattr(namespace, self.dest, values)
-
-
-def number(kind: type, low: float, high: float = 10**9, above: bool = False) -> Callable[[str], Any]:
-    """An argparse type: a `kind` in [low, high], or in (low, high] if `above`."""
-
-    def parse(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not low <= value <= high or (above and value == low):
-            what = "a whole number" if kind is int else "a number"
-            bound = f"above {low}" if above else f"of at least {low}"
-            raise argparse.ArgumentTypeError(f"{text!r} is not {what} {bound} and at most {high}")
-        return value
-
-    return parse
-
-
-def make_parser(description: str, datasets: Iterable[str]) -> Parser:
-    """A parser of the flags that all entries share."""
-    parser = Parser(description)
-    positive, count = number(float, 0, above=True), number(int, 1)
-
-    add = parser.add_argument_group("optimisation (SGD; the learning rate falls at milestones)").add_argument
-    add("--epoch", type=count, default=240, help="epochs; the published tables use 240")
-    add("--batch-size", type=count, default=64, help="images a step; SSKD's student sees 4 views of each")
-    add("--lr", type=positive, default=0.05, help="learning rate; 0.01 for MobileNetV2, ShuffleV1 and ShuffleV2")
-    add("--momentum", type=number(float, 0), default=0.9, help="of SGD")
-    add("--weight-decay", type=number(float, 0), default=5e-4, help="of SGD, on every parameter")
-    add("--gamma", type=positive, default=0.1, help="what the rate is multiplied by at each milestone")
-    milestones = {"type": count, "nargs": "+", "action": Increasing, "default": [150, 180, 210]}
-    add("--milestones", **milestones, help="epochs after which the rate falls")
-
-    add = parser.add_argument_group("data").add_argument
-    drawn = "synthetic needs no files; it only shows that all runs"
-    add("--dataset", choices=list(datasets), default="cifar100", help=drawn)
-    add("--data-root", default="./data", metavar="DIR", help="where torchvision keeps the data sets")
-    add("--data-url", metavar="URL", help="a mirror of the data set's archive (its md5 is still checked)")
-    add("--train-size", type=count, metavar="N", help="train on the first N images only")
-    add("--test-size", type=count, metavar="N", help="test on the first N images only")
-    few = "train on this share of every class, drawn by the seed; the paper tries 0.25, 0.5, 0.75"
-    add("--few-shot", type=number(float, 0, 1, above=True), default=1.0, metavar="FRACTION", help=few)
-    noise = "give this share of the training images another label, drawn by the seed; the paper tries 0.1 to 0.5"
-    add("--label-noise", type=number(float, 0, 1), default=0.0, metavar="FRACTION", help=noise)
-
-    add = parser.add_argument_group("running").add_argument
-    add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of the weights and of every draw")
-    device = "the CUDA device; without CUDA: Apple's MPS, else the CPU"
-    add("--gpu-id", type=number(int, 0), default=0, help=device)
-    half = "half precision in the networks; losses stay float32"
-    add("--amp", choices=["off", "bf16", "fp16"], default="off", help=half)
-    add("--compile", action="store_true", help="torch.compile networks and loss: a slow first epoch, then faster ones")
-    add("--deterministic", action="store_true", help="only algorithms that repeat bit for bit; slower on CUDA")
-    add("--save-interval", type=count, default=40, help="epochs between the teacher's numbered checkpoints")
-    add("--experiments", default="experiments", metavar="DIR", help="folder of the run folders")
-    add("--overwrite", action="store_true", help="delete what the run folder holds and start anew")
-    return parser
-
-
-def add_networks(parser: Parser, known: Iterable[str]) -> Callable:
-    """Adds the flags of the networks that a distillation reads and writes; returns what adds further ones to them."""
-    add = parser.add_argument_group("networks").add_argument
-    add("--t-path", help="the teacher: a run folder of teacher.py, or a checkpoint file")
-    add("--t-arch", help="the teacher's network, where neither its checkpoint nor its folder's name tells")
-    add("--s-arch", choices=known, metavar="NETWORK", help=f"the student's network: one of {', '.join(known)}")
-    add("--export", metavar="FILE", help="write the trained student's backbone there, by torch.export")
-    return add
-
-
-def check_networks(parser: Parser, args: argparse.Namespace, known: Iterable[str]) -> None:
-    """Ends with an error if teacher or student is missing."""
-    if args.t_path is None:
-        parser.error("--t-path is missing: the folder of a trained teacher, or its checkpoint")
-    if args.s_arch is None:
-        parser.error(f"--s-arch is missing; the known ones are {', '.join(known)}")
-
-
-def check_export(parser: Parser, args: argparse.Namespace) -> None:
-    """Ends with an error if `--export` can't be written, or would replace what may be a checkpoint."""
-    if args.export is None:
-        return
-    file = Path(args.export)
-    if file.is_dir() or not file.name or not file.parent.is_dir():
-        parser.error(f"--export {args.export or repr('')}: give a file's name, in a folder that exists")
-    if file.exists() and file.suffix != ".pt2":
-        parser.error(f"--export {file}: is there already; only a file that ends in .pt2 is replaced")
-
-
-def data_name(args: argparse.Namespace) -> str:
-    """What a run folder's name says of few-shot and noisy data, e.g. `_few0.25_noise0.3`; nothing of all the data."""
-    few = f"_few{args.few_shot}" if args.few_shot < 1 else ""
-    return few + (f"_noise{args.label_noise}" if args.label_noise else "")
-
-
 # ------------------------------------------------------------------------------------------------ device and precision
-
-
-def warn(text: str) -> None:
-    """One line on stderr about something odd, with which the run goes on."""
-    print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 def pick_device(gpu_id: int) -> torch.device:

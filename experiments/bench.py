@@ -30,19 +30,50 @@ instructions. On a CPU the DataLoader has no workers, since the networks keep th
 published four, but for `views`. CUDA times with events, ten repetitions at a time.
 """
 
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the rooms lie there, wherever this is started from
+
+import flags
+
+PAIRS = ["wrn_40_2:wrn_16_2", "resnet32x4:resnet8x4", "vgg13:vgg8", "ResNet50:MobileNetV2"]
+
+
+def parse_args(argv: list[str] | None) -> Namespace:
+    parser = flags.Parser("Times this repository against the published pipeline.")
+    add = parser.add_argument
+    add("--pairs", nargs="+", default=PAIRS, metavar="TEACHER:STUDENT", help="the networks to measure")
+    half = "half precision here; the published side stays float32"
+    add("--amp", choices=["off", "bf16", "fp16"], default="off", help=half)
+    add("--compile", action="store_true", help="torch.compile here; the minutes it takes are not counted")
+    add("--device", help="for example cpu or cuda:1; left out: the first GPU, else the CPU")
+    add("--quick", action="store_true", help="the first pair alone, fewer repetitions, a narrower range")
+    add("--json", type=Path, metavar="FILE", help="write the rows there")
+    args = parser.parse_args(argv)
+    for pair in args.pairs:
+        if pair.count(":") != 1 or not set(pair.split(":")) <= set(flags.NETWORKS):
+            parser.error(f"--pairs {pair}: not TEACHER:STUDENT, two of {', '.join(flags.NETWORKS)}")
+    if args.json and not args.json.absolute().parent.is_dir():
+        parser.error(f"--json {args.json}: its folder does not exist")
+    return args
+
+
+if __name__ == "__main__":
+    flags.first(parse_args)  # PyTorch takes seconds to import: --help and wrong flags are answered before
+
 import contextlib
 import json
 import math
 import multiprocessing
 import re
-import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import cache, partial
 from itertools import chain, count, islice
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -50,8 +81,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the rooms lie there, wherever this is started from
 
 import cifar
 import models
@@ -62,7 +91,6 @@ from losses import VIEWS, sskd_terms
 from record import entry, write_atomically
 from wrapper import Wrapper, fold_batch_norms
 
-PAIRS = ["wrn_40_2:wrn_16_2", "resnet32x4:resnet8x4", "vgg13:vgg8", "ResNet50:MobileNetV2"]
 CLASSES, STATISTICS = cifar.NUM_CLASSES["cifar100"], cifar.STATISTICS["cifar100"]
 FLAGS = ["--t-path", "unused", "--s-arch", "resnet8", "--lr", "0.01"]  # of student.py
 DTYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -391,24 +419,11 @@ def has_bf16(device: torch.device) -> bool:
 
 @entry()
 def main(argv: list[str] | None = None) -> None:
-    parser = utils.Parser("Times this repository against the published pipeline.")
-    add = parser.add_argument
-    add("--pairs", nargs="+", default=PAIRS, metavar="TEACHER:STUDENT", help="the networks to measure")
-    add("--amp", choices=DTYPES, default="off", help="half precision here; the published side stays float32")
-    add("--compile", action="store_true", help="torch.compile here; the minutes it takes are not counted")
-    add("--device", help="for example cpu or cuda:1; left out: the first GPU, else the CPU")
-    add("--quick", action="store_true", help="the first pair alone, fewer repetitions, a narrower range")
-    add("--json", type=Path, metavar="FILE", help="write the rows there")
-    args = parser.parse_args(argv)
-    for pair in args.pairs:
-        if pair.count(":") != 1 or not set(pair.split(":")) <= set(models.model_dict):
-            parser.error(f"--pairs {pair}: not TEACHER:STUDENT, two of {', '.join(models.model_dict)}")
-    if args.json and not args.json.absolute().parent.is_dir():
-        parser.error(f"--json {args.json}: its folder does not exist")
+    args = parse_args(argv)
     try:
         device = torch.zeros(1, device=args.device).device if args.device else utils.pick_device(0)
     except (RuntimeError, AssertionError) as error:  # no such device in this build, or on this machine
-        parser.error(f"--device {args.device}: {error}")
+        raise flags.UserError(f"--device {args.device}: {error}") from error
     plan, pairs = Plan(device, args.amp, args.compile, side=8192 if device.type == "cuda" else 2048), args.pairs
     if args.quick:
         plan, pairs = plan._replace(**QUICK), pairs[:1]

@@ -8,13 +8,54 @@ python experiments/plot.py curves RUN_FOLDER …                   # epoch by ep
 """
 
 import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # wherever this is started from
+
+import flags
+from experiments.runs import ABLATION, COMMON, OWN, Kind, Run, read_runs, refuse, shown, unusual
+from experiments.table import Row, rows_of, spread, told_apart, typed
+
+FIGURES = Path(__file__).with_name("figures")
+SHARES = {
+    "few_shot": "images of each class that the student sees (%)",
+    "label_noise": "labels that are wrong (%)",
+    "ratio_ss": "wrong matches of the teacher that ss imitates, k (%)",
+    "ratio_tf": "wrong predictions of the teacher that tf imitates, k (%)",
+}
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True, metavar="FIGURE")
+
+    def add(name: str, text: str) -> None:
+        command = commands.add_parser(name, help=text, description=text)
+        output = FIGURES / f"{name.replace('-', '_')}.svg"
+        command.add_argument("--output", type=Path, default=output, help="its ending tells the format")
+        command.set_defaults(figure=name.replace("-", "_"))
+        if name != "method":
+            where = "a .jsonl file, or a folder of runs"
+            command.add_argument("paths", nargs="+", type=Path, metavar="PATH", help=where)
+            command.add_argument("--dataset", default=COMMON["dataset"], help="the runs on this data set")
+            command.add_argument("--dark", action="store_true", help="for a dark page")
+
+    add("method", "the method at a glance")
+    add("accuracy", "accuracy of each method, beside what an epoch costs")
+    for flag in SHARES:
+        add(flag.replace("_", "-"), f"accuracy by {typed(flag)}")
+    add("curves", "accuracy after each epoch, from the folders of runs")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    flags.first(parse_args, ("matplotlib", "numpy"), "requirements-experiments.txt")
+
 import json
 import random
 import statistics
-import sys
 from collections import defaultdict
-from collections.abc import Callable
-from pathlib import Path
 
 import matplotlib.style
 import numpy as np
@@ -25,12 +66,6 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Polygon, Rectang
 from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import Affine2D
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # wherever this is started from
-
-from experiments.runs import ABLATION, COMMON, OWN, Kind, Run, read_runs, refuse, shown, unusual
-from experiments.table import Row, rows_of, spread, told_apart, typed
-
-FIGURES = Path(__file__).with_name("figures")
 INK, GREY = "#334155", "#94a3b8"
 TEACHER, STUDENT = ("#dbe7f3", "#5b7fa6"), ("#fdeccb", "#c08a2e")  # fill and edge
 CE, KD, SS, TF = "#c2410c", "#1d5fd1", "#0b7a55", "#9d2c93"
@@ -167,12 +202,6 @@ STUDY = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False} 
 DARK = dict.fromkeys(INKS, "#d1d7e0")
 DARK |= dict.fromkeys(("figure.facecolor", "axes.facecolor", "legend.facecolor"), "#0d1117")
 ACCURACY = "test accuracy (%)"
-SHARES = {
-    "few_shot": "images of each class that the student sees (%)",
-    "label_noise": "labels that are wrong (%)",
-    "ratio_ss": "wrong matches of the teacher that ss imitates, k (%)",
-    "ratio_tf": "wrong predictions of the teacher that tf imitates, k (%)",
-}
 
 Panel = tuple[str, str, tuple]  # teacher, network, setting
 
@@ -255,11 +284,11 @@ def accuracy(args: argparse.Namespace) -> Figure:
 
 def by_flag(args: argparse.Namespace) -> Figure:
     """A panel for each setting: accuracy by the value of a flag, a line for each method."""
-    rows = [without(row, args.flag) for row in rows_of(found_runs(args))]
-    drawn = {panel: lines_of(each, args.flag) for panel, each in panels(rows).items()}
+    rows = [without(row, args.figure) for row in rows_of(found_runs(args))]
+    drawn = {panel: lines_of(each, args.figure) for panel, each in panels(rows).items()}
     drawn = {panel: lines for panel, lines in drawn.items() if lines}
     if not drawn:
-        refuse(args.paths[0], f"no method has two values of {typed(args.flag)} in one setting")
+        refuse(args.paths[0], f"no method has two values of {typed(args.figure)} in one setting")
     figure = Figure(figsize=(2 + 3.5 * len(drawn), 3.8), layout="constrained")
     axes = figure.subplots(1, len(drawn), squeeze=False)[0]
     legend = {}
@@ -271,7 +300,7 @@ def by_flag(args: argparse.Namespace) -> Figure:
             percent = [100 * value for value in points]
             legend[method] = ax.errorbar(percent, means, ends, capsize=3, label=method, **LOOKS[method])
         ax.grid(alpha=0.3)
-    figure.supxlabel(SHARES[args.flag], fontsize=10)
+    figure.supxlabel(SHARES[args.figure], fontsize=10)
     axes[0].set_ylabel(f"{ACCURACY}, mean ± standard deviation")
     figure.legend(handles=[legend[method] for method in OWN if method in legend], loc="outside right upper")
     return figure
@@ -338,39 +367,14 @@ def log_of(run: Run) -> list[tuple[int, float]]:
         refuse(file, f"{type(error).__name__}: {error}")
 
 
-# --------------------------------------------------------------------------------------------------------------------
-
-
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(required=True, metavar="FIGURE")
-
-    def add(name: str, draw: Callable, text: str) -> None:
-        command = commands.add_parser(name, help=text, description=text)
-        output = FIGURES / f"{name.replace('-', '_')}.svg"
-        command.add_argument("--output", type=Path, default=output, help="its ending tells the format")
-        command.set_defaults(draw=draw, flag=name.replace("-", "_"))
-        if draw is not method:
-            where = "a .jsonl file, or a folder of runs"
-            command.add_argument("paths", nargs="+", type=Path, metavar="PATH", help=where)
-            command.add_argument("--dataset", default=COMMON["dataset"], help="the runs on this data set")
-            command.add_argument("--dark", action="store_true", help="for a dark page")
-
-    add("method", method, "the method at a glance")
-    add("accuracy", accuracy, "accuracy of each method, beside what an epoch costs")
-    for flag in SHARES:
-        add(flag.replace("_", "-"), by_flag, f"accuracy by {typed(flag)}")
-    add("curves", curves, "accuracy after each epoch, from the folders of runs")
-    return parser.parse_args(argv)
-
-
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     style = ["default", STYLE]
-    if args.draw is not method:
+    if args.figure != "method":
         style.append(STUDY | (DARK if args.dark else {}))
+    draw = {"accuracy": accuracy, "curves": curves}.get(args.figure, by_flag)
     with matplotlib.style.context(style):
-        figure = args.draw() if args.draw is method else args.draw(args)
+        figure = method() if args.figure == "method" else draw(args)
         figure.savefig(args.output, dpi=144, metadata={"Date": None})
 
 

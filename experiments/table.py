@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # wherever this is started from
 
+import flags as _  # noqa: F401 (an old Python gets no further, and says so)
 from experiments.runs import (
     ABLATION,
     COMMON,

@@ -24,6 +24,7 @@ import record
 import student
 import teacher
 import utils
+from flags import UserError
 
 
 def curves(folder):
@@ -59,7 +60,7 @@ def made(folder, *more):
 @pytest.mark.parametrize(
     ("error", "status", "line"),
     [
-        (utils.UserError("do this"), 2, "error: do this"),
+        (UserError("do this"), 2, "error: do this"),
         (KeyError("that"), 2, "error: 'that'"),
         (utils.Fault("broken"), 1, "error: broken"),
         (OSError(errno.ENOSPC, "No space left on device", "f"), 1, "error: [Errno 28] No space left on device: 'f'"),
@@ -69,7 +70,7 @@ def made(folder, *more):
             1,
             "error: the device is out of memory; a smaller --batch-size needs less",
         ),
-        (utils.UserError("a\n\x1b[31m b\udcff"), 2, "error: a \\x1b[31m b\\udcff"),
+        (UserError("a\n\x1b[31m b\udcff"), 2, "error: a \\x1b[31m b\\udcff"),
     ],
 )
 def test_errors_end_in_one_printable_line_and_a_status(error, status, line, capsys):
@@ -97,13 +98,6 @@ def test_a_second_signal_does_not_disturb_the_ending_of_the_first(capsys):
         signal.signal(number, handler)  # the entry leaves them ignored, for the process is about to end
     assert status == 143
     assert capsys.readouterr().err == "test_record.py: stopped by SIGTERM; the same command continues\n"
-
-
-@pytest.mark.parametrize("script", ["teacher.py", "student.py"])
-def test_a_signal_during_the_imports_prints_nothing(script, tmp_path):
-    (tmp_path / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
-    done = run_script(script, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(tmp_path)})
-    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
 
 
 def test_names_that_a_terminal_cannot_show_are_no_error(tmp_path):
@@ -192,7 +186,7 @@ def test_every_changed_bit_of_a_tensor_is_noticed(tmp_path):
         bad = bytearray(good)
         bad[start + bit // 8] ^= 1 << bit % 8
         path.write_bytes(bad)
-        with pytest.raises(utils.UserError, match="a.pth is damaged"):
+        with pytest.raises(UserError, match="a.pth is damaged"):
             record.read(path)
     path.write_bytes(good)
     assert torch.equal(record.read(path)["weight"], torch.arange(64.0))

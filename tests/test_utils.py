@@ -1,6 +1,5 @@
-"""utils.py: flags, SGD, meters, an epoch of training and of testing."""
+"""utils.py: SGD, meters, an epoch of training and of testing."""
 
-import argparse
 import copy
 
 import pytest
@@ -12,7 +11,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import cifar
 import models
-import student
 import teacher
 import utils
 
@@ -21,16 +19,6 @@ CPU = torch.device("cpu")
 
 def flags(*words):
     return teacher.parse_args(["--arch", "resnet8", *words])
-
-
-# -------------------------------------------------------------------------------------------------------------- flags
-
-
-def test_help_shows_the_defaults_that_there_are(capsys):
-    assert end_of(student.main, ["--help"]) == 0
-    printed = " ".join(capsys.readouterr().out.split())
-    assert "(default: 0.05)" in printed and "of every draw (default: 0)" in printed
-    assert "default: None" not in printed and "default: False" not in printed
 
 
 # ---------------------------------------------------------------------------------------------------------------- SGD
@@ -207,15 +195,6 @@ def test_a_test_whose_loss_is_not_finite_says_which(tmp_path, monkeypatch, capsy
     one_step = [*TINY, "--train-size", "16"]
     assert end_of(teacher.main, ["--arch", "resnet8", *one_step, "--experiments", str(tmp_path)]) == 1
     assert "test after teacher epoch 1, step 1: cls_loss is not finite" in capsys.readouterr().err
-
-
-def test_milestones_must_increase_and_numbers_lie_in_their_range():
-    parser = utils.Parser("")
-    parser.add_argument("--m", type=utils.number(int, 1), nargs="+", action=utils.Increasing)
-    assert parser.parse_args(["--m", "2", "5"]) == argparse.Namespace(m=[2, 5])
-    for bad in (["2", "2"], ["3", "2"], ["0"], ["x"]):
-        with pytest.raises(utils.UserError, match="--m"):
-            parser.parse_args(["--m", *bad])
 
 
 # ------------------------------------------------------------------------------------------------------------ pictures
