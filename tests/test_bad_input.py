@@ -94,7 +94,11 @@ BAD_FLAGS = [
     ("baseline.py", [*STUDENT, "--method", "kd", "--weight", "1"], "whose weight is --kd-weight"),
     ("baseline.py", [*STUDENT, "--method", "ab", "--ce-weight", "0", "--kd-weight", "0"], "nothing to learn"),
     ("baseline.py", [*STUDENT, "--method", "ab", "--s-arch", "vgg8"], "the student has 4 of them, the teacher 3"),
-    ("baseline.py", [*STUDENT, "--method", "crd", "--train-size", "1"], "the training set has one class only"),
+    (
+        "baseline.py",
+        [*STUDENT, "--method", "crd", "--train-size", "1", "--batch-size", "1"],
+        "the training set has one class only",
+    ),
 ]
 
 
