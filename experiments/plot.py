@@ -367,15 +367,20 @@ def log_of(run: Run) -> list[tuple[int, float]]:
         refuse(file, f"{type(error).__name__}: {error}")
 
 
+def draw(args: argparse.Namespace) -> Figure:
+    """The figure that the command line asks for."""
+    if args.figure == "method":
+        return method()
+    return {"accuracy": accuracy, "curves": curves}.get(args.figure, by_flag)(args)
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     style = ["default", STYLE]
     if args.figure != "method":
         style.append(STUDY | (DARK if args.dark else {}))
-    draw = {"accuracy": accuracy, "curves": curves}.get(args.figure, by_flag)
     with matplotlib.style.context(style):
-        figure = method() if args.figure == "method" else draw(args)
-        figure.savefig(args.output, dpi=144, metadata={"Date": None})
+        draw(args).savefig(args.output, dpi=144, metadata={"Date": None})
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # wherever this is started from
 
-import flags as _  # noqa: F401 (an old Python gets no further, and says so)
+import flags
 from experiments.runs import (
     ABLATION,
     COMMON,
@@ -360,4 +360,5 @@ def main(argv: list[str] | None = None) -> None:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # table.py | head ends quietly
+    flags.show_any_name()  # such as ± and †
     main()

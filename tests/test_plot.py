@@ -89,7 +89,7 @@ def study(tmp_path):
 
 def figure_of(*words):
     args = plot.parse_args([str(word) for word in words])
-    return args.draw(args)
+    return plot.draw(args)
 
 
 def drawn_lines(ax):
