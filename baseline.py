@@ -60,7 +60,7 @@ import models
 import utils
 from methods import METHODS, MethodError, Outputs, kd_loss, set_phase
 from record import Run, entry, export
-from teacher_store import TeacherCheckpoint, load_teacher
+from teacher_store import TeacherCheckpoint, load_teacher, report_teacher
 from wrapper import frozen
 
 Data = tuple[cifar.Images, cifar.Images]  # training, test
@@ -71,12 +71,12 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     folder = train(args)
     if args.export is not None:
-        export(args.export, models.exported(models.load(folder, args.s_arch, cifar.NUM_CLASSES[args.dataset])))
+        export(args.export, models.read(folder, args.s_arch), cifar.about_dataset(args.dataset))
 
 
 def train(args: Namespace) -> Path:
     """Trains the student, or what a stopped run left of it; returns the run's folder."""
-    checkpoint = load_teacher(args.t_path, args.t_arch, cifar.NUM_CLASSES[args.dataset])
+    checkpoint = load_teacher(args, cifar.NUM_CLASSES)
     run = Run(run_folder(args, checkpoint.folder), args, teacher=checkpoint.fingerprint)
     if run.finished(product="student_best.pth" if args.export else None):
         return run.folder
@@ -85,9 +85,9 @@ def train(args: Namespace) -> Path:
     utils.set_up(args.seed, device, args.deterministic)
     networks = make_networks(args, checkpoint.network, device)
     method = make_method(args, checkpoint, networks, data[0].labels)
-    run.start(device)  # only now: whether the method goes with the networks is known
+    # only now: whether the method goes with the networks is known
+    run.start(device, teacher=report_teacher(args, checkpoint, checkpoint.network, data[1], networks.autocast))
     run.tell_sizes(networks.student, checkpoint.network)
-    utils.report_teacher(checkpoint.network, checkpoint.file, data[1], networks.autocast)
     if hasattr(method, "first_loss"):
         prepare(args, run, networks, method, data[0])
     distil(args, run, networks, method, data)
@@ -138,7 +138,7 @@ def make_method(args: Namespace, checkpoint: TeacherCheckpoint, networks: Networ
     networks.student.eval()  # its running statistics stay as they are
     method = METHODS[args.method](*networks.outputs(torch.zeros(2, 3, 32, 32, device=labels.device)), labels)
     if hasattr(method, "choose_pair"):
-        method.choose_pair(models.find_arch(checkpoint.file, args.t_arch), args.s_arch)
+        method.choose_pair(checkpoint.arch, args.s_arch)
     return method.to(labels.device, memory_format=torch.channels_last)
 
 
@@ -174,6 +174,7 @@ def distil(args: Namespace, run: Run, networks: Networks, method: nn.Module, dat
     trained = set_phase(method, student)
     loss_of = utils.compiled(make_loss(args, networks, method), args.compile, train_set.labels.device)
     sgd = utils.SGD(trained.parameters(), args.lr, args.milestones, args)
+    about = {"arch": args.s_arch} | test_set.about
     for epoch in run.epochs("student", args.epoch, student=student, method=method, optimisation=sgd):
         if hasattr(method, "start_epoch"):
             method.start_epoch(args.seed, epoch)
@@ -183,7 +184,8 @@ def distil(args: Namespace, run: Run, networks: Networks, method: nn.Module, dat
         tested = {"ce_loss": ce_loss, "cls_acc": acc, "cls_acc_top5": top5}
         run.log(epoch, len(train_set), train=means | {"lr": sgd.lr}, val=tested)
         sgd.end_epoch()
-        run.keep_best("student_best.pth", acc, {"epoch": epoch, "state_dict": student.state_dict(), "best_acc": acc})
+        best = {"epoch": epoch, "state_dict": student.state_dict(), "best_acc": acc, "about": about}
+        run.keep_best("student_best.pth", acc, best)
     run.finish()
 
 

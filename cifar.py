@@ -149,6 +149,7 @@ class Images:
         statistics: mean and standard deviation of the three channels, in [0, 1].
         batch_size: images a training step.
         seed: of every draw.
+        about: what the checkpoints trained on it say of it, see `about_dataset`.
     """
 
     def __init__(
@@ -159,8 +160,9 @@ class Images:
         device: torch.device | str,
         batch_size: int = 64,
         seed: int = 0,
+        about: dict | None = None,
     ):
-        self.batch_size, self.seed = batch_size, seed
+        self.batch_size, self.seed, self.about = batch_size, seed, about or {}
         self.pixels = pixels.to(device)
         self.labels = labels.to(device)
         # repeated for every pixel: elementwise work along one long row is vectorised, along rows of 3 it is not
@@ -228,6 +230,12 @@ def cut(padded: Tensor, windows: tuple[Tensor, Tensor], window: Tensor) -> Tenso
     return chosen.view(-1, SIDE, SIDE, channels).permute(0, 3, 1, 2)
 
 
+def about_dataset(name: str) -> dict:
+    """A data set in plain values: its name, number of classes, side of the images, mean and deviation."""
+    mean, std = map(list, STATISTICS[name])
+    return {"dataset": name, "classes": NUM_CLASSES[name], "side": SIDE, "mean": mean, "std": std}
+
+
 def load(args: Namespace, device: torch.device | str) -> tuple[Images, Images]:
     """The training and the test split that the flags ask for (`flags.make_parser`, group "data").
 
@@ -252,11 +260,12 @@ def load(args: Namespace, device: torch.device | str) -> tuple[Images, Images]:
         if train and args.few_shot < 1:
             kept = few_shot(labels, args.few_shot, args.seed)
             pixels, labels = pixels[kept], labels[kept]
+        about = about_dataset(name) | ({} if train else {"tested": len(pixels)})
         if train and args.label_noise > 0:
             labels = label_noise(labels, args.label_noise, NUM_CLASSES[name], args.seed)
         if train and args.batch_size > len(pixels):
             warn(f"--batch-size {args.batch_size} is more than the {len(pixels)} training images: an epoch is one step")
-        splits.append(Images(pixels, labels, STATISTICS[name], device, args.batch_size, args.seed))
+        splits.append(Images(pixels, labels, STATISTICS[name], device, args.batch_size, args.seed, about))
     return splits[0], splits[1]
 
 

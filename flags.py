@@ -17,7 +17,7 @@ import importlib.util
 import math
 import re
 import signal
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -119,6 +119,10 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {' or '.join(like)}?" if like else ""
 
 
+class Default(str):
+    """The value of a flag that was not given."""
+
+
 class Increasing(argparse.Action):
     """An argparse action for numbers of which each must be above the one before."""
 
@@ -161,8 +165,8 @@ def make_parser(description: str) -> Parser:
     add("--milestones", **milestones, help="epochs after which the rate falls")
 
     add = parser.add_argument_group("data").add_argument
-    drawn = "synthetic needs no files; it only shows that all runs"
-    add("--dataset", choices=DATASETS, default="cifar100", help=drawn)
+    drawn = "synthetic needs no files; it only shows that all runs; a checkpoint that names its data set needs no flag"
+    add("--dataset", choices=DATASETS, default=Default("cifar100"), help=drawn)
     add("--data-root", default="./data", metavar="DIR", help="where torchvision keeps the data sets")
     add("--data-url", metavar="URL", help="a mirror of the data set's archive (its md5 is still checked)")
     add("--train-size", type=count, metavar="N", help="train on the first N images only")
@@ -190,15 +194,12 @@ def add_networks(parser: Parser) -> Callable:
     """Adds the flags of the networks that a distillation reads and writes; returns what adds further ones to them."""
     add = parser.add_argument_group("networks").add_argument
     add("--t-path", help="the teacher: a run folder of teacher.py, or a checkpoint file")
-    add(
-        "--t-arch",
-        choices=NETWORKS,
-        metavar="NETWORK",
-        help="the teacher's network, where neither its checkpoint nor its folder's name tells",
-    )
+    told = "the teacher's network, where its checkpoint does not say and its name does not tell"
+    add("--t-arch", choices=NETWORKS, metavar="NETWORK", help=told)
     student = f"the student's network: one of {', '.join(NETWORKS)}"
     add("--s-arch", choices=NETWORKS, metavar="NETWORK", help=student)
-    add("--export", metavar="FILE", help="write the trained student's backbone there, by torch.export")
+    pixels = "write the trained student there (.pt2: torch.export, .onnx); it takes pixels in [0, 1], normalises them"
+    add("--export", metavar="FILE", help=pixels)
     return add
 
 
@@ -217,8 +218,32 @@ def check_export(parser: Parser, args: argparse.Namespace) -> None:
     file = Path(args.export)
     if file.is_dir() or not file.name or not file.parent.is_dir():
         parser.error(f"--export {args.export or repr('')}: give a file's name, in a folder that exists")
-    if file.exists() and file.suffix != ".pt2":
-        parser.error(f"--export {file}: is there already; only a file that ends in .pt2 is replaced")
+    if file.suffix not in (".pt2", ".onnx"):
+        there = "is there already, and " if file.exists() else ""
+        parser.error(f"--export {file}: {there}ends in neither .pt2 (torch.export) nor .onnx: name it so")
+    needed = ("onnx", "onnxscript") if file.suffix == ".onnx" else ()
+    if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
+        names = " ".join(missing)
+        parser.error(f"--export {file}: for ONNX PyTorch needs `pip install {names}`; a .pt2 file needs nothing")
+
+
+def use_dataset_of(args: argparse.Namespace, checkpoint: Any, num_classes: Mapping[str, int]) -> None:
+    """Sets `args.dataset` to what a checkpoint says of itself, unless the flag was given; warns if these differ.
+
+    `num_classes`: of each data set. Raises UserError if the checkpoint has another number of classes.
+    """
+    file, told = checkpoint.file, checkpoint.about.get("dataset", args.dataset)
+    if told != args.dataset and isinstance(args.dataset, Default):
+        if told not in num_classes:
+            raise UserError(f"{file}: it was trained on {told:.80}, a data set unknown here; give --dataset")
+        args.dataset = told
+        print(f"data: {told}, on which {file} says that it was trained", flush=True)
+    classes = num_classes[args.dataset]
+    has = checkpoint.about.get("classes", classes)
+    if has != classes:
+        raise UserError(f"{file}: it was trained on {told:.80}, {has} classes; {args.dataset} has {classes}")
+    if told != args.dataset:
+        warn(f"{file} says that it was trained on {told:.80}, not on {args.dataset}; without --dataset that is taken")
 
 
 def data_name(args: argparse.Namespace) -> str:

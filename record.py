@@ -39,6 +39,7 @@ from tensorboardX.event_file_writer import EventFileWriter, EventsWriter
 from tensorboardX.proto.event_pb2 import Event
 from torch import Tensor, nn
 
+import models
 from flags import UserError, show_any_name, tell, warn
 from utils import Fault, device_name, size_of
 
@@ -124,10 +125,14 @@ def write_atomically(path: Path, content: bytes) -> None:
             part.unlink()
 
 
-def export(file: str, content: bytes) -> None:
-    """Writes what `models.exported` gave to the file of `--export`, and says so."""
+def export(file: str, checkpoint: models.Checkpoint, about: dict) -> None:
+    """Writes a network to the file of `--export`; `about` its data set, as far as the checkpoint does not say."""
+    about = about | checkpoint.about
+    network = checkpoint.network(about["classes"])
+    onnx = Path(file).suffix == ".onnx"
+    content = models.exported(network, about["mean"], about["std"], about["side"], onnx)
     write_atomically(Path(file), content)
-    print(f"exported: {file}, read back with torch.export.load and checked", flush=True)
+    print(f"exported: {file}, read back and checked; it takes RGB pixels in [0, 1] and normalises them", flush=True)
 
 
 def _remove_parts(folder: Path, prefix: str = "") -> None:
@@ -296,8 +301,8 @@ class Run:
         print(f"{self.folder} is finished: {_summary(self.result)}")
         return True
 
-    def start(self, device: torch.device) -> None:
-        """Takes the folder for this process and notes down what runs in it.
+    def start(self, device: torch.device, **more: Any) -> None:
+        """Takes the folder for this process and notes down what runs in it; `more` in config.json and result.json.
 
         Raises:
             UserError: another process is running there.
@@ -324,7 +329,8 @@ class Run:
         if not self.last:
             self._warn()
         self._cut_back(last["sizes"])
-        self._note_start(device)
+        self._note_start(device, more)
+        self.more = more
         self._write_files()
         events = self.folder / "events"
         if (
@@ -370,7 +376,7 @@ class Run:
         for folder in (self.folder, self.ckpt):
             _remove_parts(folder)
 
-    def _note_start(self, device: torch.device) -> None:
+    def _note_start(self, device: torch.device, more: dict) -> None:
         """Adds this start to config.json; tells if the run is continued under conditions that may change its digits."""
         path, now = self.folder / "config.json", _environment(device)
         starts = _read_json(path).get("starts", []) if self.last and path.exists() else []
@@ -380,7 +386,7 @@ class Run:
         ]
         if changed:
             warn(f"continued under other conditions, so not bit for bit: {', '.join(changed)}")
-        write_atomically(path, _json({"flags": self.flags, "starts": [*starts, now]}))
+        write_atomically(path, _json({"flags": self.flags, "starts": [*starts, now | more]}))
 
     def tell_sizes(self, network: nn.Module, teacher: nn.Module | None = None) -> None:
         """Prints how large the trained network and its teacher are; result.json will tell it, too."""
@@ -502,7 +508,7 @@ class Run:
         table = summary.hparams(flags, final)  # a row of TensorBoard's table of runs
         self._add_events(self.total, *table, *(summary.scalar(*item) for item in final.items()))
         self._events.close()
-        result |= {"epochs": self.total, "seconds": round(self._seconds(), 1)} | self.sizes
+        result |= {"epochs": self.total, "seconds": round(self._seconds(), 1)} | self.sizes | self.more
         write_atomically(self.folder / "result.json", _json(result))
         print(f"finished: {_summary(result)}", flush=True)
 

@@ -67,7 +67,7 @@ import models
 import utils
 from losses import VIEWS, SSKDTerms, positives, similarity_matrix, split_views, ss_head_loss, sskd_terms
 from record import Run, entry, export
-from teacher_store import SSHeadFile, load_teacher
+from teacher_store import SSHeadFile, load_teacher, report_teacher
 from wrapper import Wrapper, fold_batch_norms
 
 Data = tuple[cifar.Images, cifar.Images]  # training, test
@@ -78,24 +78,25 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     path = args.s_path if args.s_path is not None else train(args)
     if args.export is not None:
-        export(args.export, models.exported(models.load(path, args.s_arch, cifar.NUM_CLASSES[args.dataset])))
+        checkpoint = models.read(path, args.s_arch)
+        flags.use_dataset_of(args, checkpoint, cifar.NUM_CLASSES)
+        export(args.export, checkpoint, cifar.about_dataset(args.dataset))
 
 
 def train(args: Namespace) -> Path:
     """Steps 2 and 3, or what a stopped run left of them; returns the run's folder."""
-    checkpoint = load_teacher(args.t_path, args.t_arch, cifar.NUM_CLASSES[args.dataset])
+    checkpoint = load_teacher(args, cifar.NUM_CLASSES)
     run = Run(run_folder(args, checkpoint.folder), args, teacher=checkpoint.fingerprint)
     if run.finished(product="student_best.pth" if args.export else None):
         return run.folder
     device = utils.pick_device(args.gpu_id)
     data = cifar.load(args, device)
-    run.start(device)
-    run.tell_sizes(models.model_dict[args.s_arch](num_classes=cifar.NUM_CLASSES[args.dataset]), checkpoint.network)
     utils.set_up(args.seed, device, args.deterministic)
     autocast = utils.precision(args.amp, device)
 
     teacher = Wrapper(checkpoint.network).to(device, memory_format=torch.channels_last)
-    utils.report_teacher(teacher.backbone, checkpoint.file, data[1], autocast)
+    run.start(device, teacher=report_teacher(args, checkpoint, teacher.backbone, data[1], autocast))
+    run.tell_sizes(models.model_dict[args.s_arch](num_classes=cifar.NUM_CLASSES[args.dataset]), checkpoint.network)
     folded = fold_batch_norms(teacher)  # the teacher as both steps use it; the SS head is one and the same
     train_ss_head(args, run, folded, data, autocast, SSHeadFile(args, checkpoint, device))
     run.keep("teacher.pth", teacher.state_dict())  # written after an epoch, by when a continued run has the head again
@@ -186,6 +187,7 @@ def distil(args: Namespace, run: Run, teacher: Wrapper, data: Data, autocast: Ca
     loss_of = utils.compiled(make_loss(args, teacher, student, autocast), args.compile, device)
     sgd = utils.SGD(student.parameters(), args.lr, args.milestones, args)
     parts = {"student": student, "teacher_head": teacher.proj_head, "optimisation": sgd}
+    about = {"arch": args.s_arch} | test_set.about
     for epoch in run.epochs("student", args.epoch, **parts):
         if epoch == 1:
             views = next(train_set.batches("student", epoch, VIEWS)).x[: 8 * VIEWS]
@@ -196,7 +198,8 @@ def distil(args: Namespace, run: Run, teacher: Wrapper, data: Data, autocast: Ca
         tested = {"ce_loss": ce_loss, "cls_acc": acc, "cls_acc_top5": top5}
         run.log(epoch, len(train_set), train=trained | {"lr": sgd.lr}, val=tested)
         sgd.end_epoch()
-        run.keep_best("student_best.pth", acc, {"epoch": epoch, "state_dict": student.state_dict(), "best_acc": acc})
+        best = {"epoch": epoch, "state_dict": student.state_dict(), "best_acc": acc, "about": about}
+        run.keep_best("student_best.pth", acc, best)
         if epoch in (1, args.epoch):
             views = next(test_set.test_batches(VIEWS)).x
             run.show(epoch, "similarity/teacher_and_student", similarities(teacher, student, views, autocast))

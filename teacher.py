@@ -42,9 +42,10 @@ import cifar
 import models
 import utils
 from record import Run, entry
+from wrapper import NetworkError, check_network
 
 
-@entry(cifar.DataError, models.CheckpointError)
+@entry(cifar.DataError, models.CheckpointError, NetworkError)
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     if args.evaluate is not None:
@@ -59,15 +60,17 @@ def train(args: Namespace) -> None:
         return
     device = utils.pick_device(args.gpu_id)
     train_set, test_set = cifar.load(args, device)
-    run.start(device)
     utils.set_up(args.seed, device, args.deterministic)
 
     model = models.model_dict[args.arch](num_classes=cifar.NUM_CLASSES[args.dataset])
+    check_network(model, args.arch, test_set.about["classes"], test_set.about["side"])
+    run.start(device)
     run.tell_sizes(model)
     model.to(device, memory_format=torch.channels_last)  # the layout in which convolutions are fastest
     autocast = utils.precision(args.amp, device)
     loss_of = utils.compiled(make_loss(model, autocast), args.compile, device)
     sgd = utils.SGD(model.parameters(), args.lr, args.milestones, args)
+    about = {"arch": args.arch} | test_set.about
     for epoch in run.epochs("teacher", args.epoch, model=model, optimisation=sgd):
         batches = train_set.batches("teacher", epoch, views=1)
         trained = utils.train_epoch(model, loss_of, batches, sgd, len(train_set), f"teacher epoch {epoch}")
@@ -75,7 +78,7 @@ def train(args: Namespace) -> None:
         tested = {"cls_loss": loss, "cls_acc": acc, "cls_acc_top5": top5}
         run.log(epoch, len(train_set), train=trained | {"lr": sgd.lr}, val=tested)
         sgd.end_epoch()
-        checkpoint = {"epoch": epoch, "state_dict": model.state_dict(), "acc": acc}
+        checkpoint = {"epoch": epoch, "state_dict": model.state_dict(), "acc": acc, "about": about}
         run.keep_best("best.pth", acc, checkpoint)
         if epoch in args.milestones or epoch % args.save_interval == 0 or epoch == args.epoch:
             run.keep(f"{epoch:03d}.pth", checkpoint)
@@ -96,7 +99,9 @@ def make_loss(model: nn.Module, autocast: Callable) -> Callable:
 
 def evaluate(args: Namespace) -> None:
     """Prints the test accuracy of any checkpoint that `models.load` reads."""
-    model = models.load(args.evaluate, args.arch, cifar.NUM_CLASSES[args.dataset])
+    checkpoint = models.read(args.evaluate, args.arch)
+    flags.use_dataset_of(args, checkpoint, cifar.NUM_CLASSES)
+    model = checkpoint.network(cifar.NUM_CLASSES[args.dataset])
     device = utils.pick_device(args.gpu_id)
     _, test_set = cifar.load(args, device)
     model.to(device, memory_format=torch.channels_last)

@@ -10,7 +10,6 @@ import random
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -261,12 +260,6 @@ def class_accuracies(model: nn.Module, images: Any, autocast: Callable) -> list[
         of_class = right[images.labels == label]
         rows.append((label, len(of_class), of_class.float().mean().item() * 100))
     return rows
-
-
-def report_teacher(network: nn.Module, file: Path, images: Any, autocast: Callable) -> None:
-    """Prints the teacher's accuracy on the test split, which shows at once if it is not the network that was meant."""
-    tested = evaluate(network, images, autocast, "test of the teacher")
-    print(f"teacher: {file}, test accuracy {tested.acc:.2f}", flush=True)
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """A backbone with a self-supervision head on top (Xu et al., ECCV 2020, section 3.1); the frozen teacher."""
 
+import copy
 from typing import NamedTuple
 
 import torch
@@ -53,9 +54,47 @@ def frozen(backbone: nn.Module, asked: slice = slice(None), preact: bool = False
     """A backbone for fast inference: images → the `asked` of its features (a list), logits; the same up to rounding.
 
     Each batch norm that alone reads a convolution's output becomes part of that convolution; the others (those of
-    pre-activation blocks that read a sum, or a feature) stay. `backbone` itself is left as it is.
+    pre-activation blocks that read a sum, or a feature) stay. `backbone` itself is left as it is. One that torch.fx
+    can't trace is used as it is, with a line that says so.
     """
-    return optimization.fuse(_Asked(backbone, asked, preact).eval()).requires_grad_(False)
+    network = _Asked(backbone, asked, preact).eval()
+    try:
+        network = optimization.fuse(network)
+    except Exception as error:  # whatever the network's own code raises when it meets a symbol for a tensor
+        reason = " ".join(str(error).split()) or type(error).__name__
+        print(f"frozen teacher: its batch norms stay, for torch.fx can't trace it ({reason:.100})", flush=True)
+        network = copy.deepcopy(network)
+    return network.requires_grad_(False)
+
+
+class NetworkError(ValueError):
+    """A network is not as a teacher or student has to be; the message says in what."""
+
+
+@torch.no_grad()
+def check_network(network: nn.Module, arch: str, classes: int, side: int) -> None:
+    """Tries a network (CPU) on two images, since what it lacks would show only when it has become a teacher.
+
+    Raises NetworkError where logits, features or classifier are not as `Wrapper` needs them; prints a line where
+    torch.fx can't trace it. Leaves it in eval mode, otherwise as it was.
+    """
+    images = torch.linspace(-1, 1, 2 * 3 * side * side).view(2, 3, side, side)
+    try:
+        logits = network.eval()(images)
+        features, same = network(images, is_feat=True)
+        width = features[-1].shape[1:]
+    except Exception as error:  # whatever the network's own code raises
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise NetworkError(f"{arch} fails on two images, with is_feat=True or without: {reason}") from error
+    if logits.shape != (2, classes) or not torch.allclose(logits, same, rtol=1e-3, atol=1e-4):
+        shapes = f"{tuple(logits.shape)}, {tuple(same.shape)}"
+        raise NetworkError(f"{arch} gives for two images not twice the same logits (2, {classes}): {shapes}")
+    linear = [module for module in network.modules() if isinstance(module, nn.Linear)]
+    if not linear or width != (linear[-1].in_features,) or linear[-1].out_features != classes:
+        raise NetworkError(f"{arch}: its last nn.Linear is no classifier of features[-1], {tuple(width)} an image")
+    if not torch.allclose(linear[-1](features[-1]), logits, rtol=1e-3, atol=1e-4):
+        raise NetworkError(f"{arch}: its logits are not what its last nn.Linear gives for features[-1]")
+    frozen(network)
 
 
 def fold_batch_norms(teacher: Wrapper) -> Wrapper:

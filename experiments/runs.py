@@ -120,6 +120,7 @@ def record_of(folder: Path) -> dict:
     first, *later = config.get("starts", [config])  # config.json of older runs says it beside the flags, of one start
     what = ("commit", "torch", "device", "threads")
     others = [start_of(start) for start in later if any(start.get(name) != first.get(name) for name in what)]
+    result.get("teacher", {}).pop("path", None)  # of somebody's machine
     record = {"run": os.path.basename(os.path.abspath(folder)), "flags": config["flags"], **start_of(first)}
     return record | ({"starts": others} if others else {}) | {"result": result}
 
@@ -140,7 +141,7 @@ def run_of(place: str, record: dict) -> Run:
         best, last = typed(result, "test_acc", int, float), None
     if not all(0 <= accuracy <= 100 for accuracy in (best, last or 0)):
         raise ValueError(f"accuracies {best}, {last} are not in percent")
-    kind = kind_of(flags, typed(record, "run", str))
+    kind = kind_of(flags, typed(record, "run", str), result.get("teacher", {}).get("arch"))
     devices = dict.fromkeys(str(start.get("device")) for start in (record, *record.get("starts", ())))
     computed = {"device": ", ".join(devices)} | {name: flags.get(name) for name in COMPUTED}
     hash((kind, *computed.values()))  # TypeError: a flag that is neither a number, a text nor a list of them
@@ -156,11 +157,11 @@ def typed(content: dict, name: str, *types: type) -> Any:
     return content[name]
 
 
-def kind_of(flags: dict, folder: str) -> Kind:
-    """Which experiment a run belongs to, by its flags; only a student's teacher is known by the folder's name."""
+def kind_of(flags: dict, folder: str, told: str | None = None) -> Kind:
+    """Which experiment a run belongs to, by its flags; a student's teacher is as `told`, else by the folder's name."""
     is_student = "s_arch" in flags
     teacher, method = teacher_folder(folder) if is_student else "", "alone"
-    teacher = re.sub(r"^teacher_|(_vanilla)?(_seed\d+)?$", "", teacher) or "?" * is_student
+    teacher = told or re.sub(r"^teacher_|(_vanilla)?(_seed\d+)?$", "", teacher) or "?" * is_student
     if "method" in flags:
         method = METHODS[typed(flags, "method", str)][0]
     elif is_student:

@@ -13,7 +13,7 @@ All keep channels_last if given it, and can be traced by torch.fx and torch.comp
 
 from functools import partial
 
-from .checkpoint import CheckpointError, find_arch, find_checkpoint, load, run_folder_of
+from .checkpoint import Checkpoint, CheckpointError, find_arch, find_checkpoint, load, read, run_folder_of
 from .export import ExportError, exported
 from .mobilenetv2 import MobileNetV2
 from .resnet import ResNet
@@ -24,6 +24,7 @@ from .vgg import VGG
 from .wrn import WideResNet
 
 __all__ = [
+    "Checkpoint",
     "CheckpointError",
     "ExportError",
     "exported",
@@ -31,6 +32,7 @@ __all__ = [
     "find_checkpoint",
     "load",
     "model_dict",
+    "read",
     "run_folder_of",
 ]
 

@@ -1,30 +1,62 @@
-"""Write a network for use without this repository, by torch.export."""
+"""Write a network for use without this repository: by torch.export, or as ONNX."""
 
 import copy
 import io
+from collections.abc import Callable, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class ExportError(RuntimeError):
     """The exported network does not answer as the network does."""
 
 
-def exported(backbone: nn.Module, side: int = 32) -> bytes:
-    """The network in eval mode on the CPU: normalised images (N, 3, side, side) → logits (N, classes), any N ≥ 1.
+class _FromPixels(nn.Module):
+    """A network that normalises its images itself."""
 
-    `torch.export.load` reads these bytes; here they are read back and must answer as `backbone`, which stays as it is.
+    def __init__(self, network: nn.Module, mean: Sequence[float], std: Sequence[float]):
+        super().__init__()
+        self.network = network
+        for name, values in (("mean", mean), ("std", std)):
+            self.register_buffer(name, torch.tensor(values).view(3, 1, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.network((images - self.mean) / self.std)
+
+
+def exported(
+    backbone: nn.Module, mean: Sequence[float], std: Sequence[float], side: int = 32, onnx: bool = False
+) -> bytes:
+    """The network in eval mode on the CPU: RGB images (N, 3, side, side) in [0, 1] → logits (N, classes), any N ≥ 1.
+
+    It normalises the images itself, by the `mean` and `std` of the three channels, so that nobody has to know them.
+    `torch.export.load` reads these bytes, or what reads ONNX if `onnx` (which needs the packages onnx and onnxscript).
+    Here they are read back and must answer as `backbone`, which stays as it is.
     """
-    network = copy.deepcopy(backbone).cpu().eval()
-    images = torch.randn(3, 3, side, side, generator=torch.Generator().manual_seed(0))
+    network = _FromPixels(copy.deepcopy(backbone).cpu(), mean, std).eval()
+    images = torch.rand(3, 3, side, side, generator=torch.Generator().manual_seed(0))
     program = torch.export.export(network, (images[:2],), dynamic_shapes=({0: torch.export.Dim("N")},))
-    buffer = io.BytesIO()
-    torch.export.save(program, buffer)
-    buffer.seek(0)
-    answer = torch.export.load(buffer).module()(images)  # three images, for the trace has seen two
+    content, read_back = (_as_onnx if onnx else _as_pt2)(program)
+    answer = read_back(images)  # three images, for the trace has seen two
     try:
         torch.testing.assert_close(answer, network(images), rtol=1e-4, atol=1e-4)
     except AssertionError as error:
         raise ExportError(f"the exported network answers otherwise: {' '.join(str(error).split())}") from None
-    return buffer.getvalue()
+    return content
+
+
+def _as_pt2(program: torch.export.ExportedProgram) -> tuple[bytes, Callable[[Tensor], Tensor]]:
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer)
+    buffer.seek(0)
+    return buffer.getvalue(), torch.export.load(buffer).module()
+
+
+def _as_onnx(program: torch.export.ExportedProgram) -> tuple[bytes, Callable[[Tensor], Tensor]]:
+    import onnx.reference  # no requirement: only who wants ONNX needs it
+
+    names = {"input_names": ["images"], "output_names": ["logits"]}
+    content = torch.onnx.export(program, dynamo=True, verbose=False, **names).model_proto.SerializeToString()
+    session = onnx.reference.ReferenceEvaluator(content)
+    return content, lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])

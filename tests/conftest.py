@@ -18,7 +18,7 @@ TINY_STUDENT = [*TINY, "--t-epoch", "2", "--t-milestones", "1", "--s-arch", "res
 SHORT = ["--dataset", "synthetic", "--train-size", "4", "--test-size", "4", "--batch-size", "4"]
 SHORT += ["--epoch", "1", "--milestones", "1"]
 SHORT_STUDENT = [*SHORT, "--s-arch", "resnet8", "--t-epoch", "1", "--t-milestones", "1"]
-OF_THE_MOMENT = ("seconds", "starts")
+OF_THE_MOMENT = ("seconds", "starts", "teacher")  # teacher: its path
 
 
 def run_script(*command, cwd, **kwargs):

@@ -1,5 +1,6 @@
 """What a user can get wrong: flags, checkpoints, records and data. One line, status 2, nothing written."""
 
+import importlib.util
 import io
 import json
 import pickle
@@ -69,10 +70,10 @@ BAD_FLAGS = [
     ("student.py", [*STUDENT, "--ss-weight", "-1"], "--ss-weight: '-1'"),
     ("student.py", [*STUDENT, "--t-epoch", "0"], "--t-epoch: '0'"),
     ("student.py", [*STUDENT, "--t-milestones", "2", "1"], "--t-milestones: 2 1: milestones must increase"),
-    ("student.py", [*STUDENT, "--dataset", "cifar10"], "does not fit resnet8 with 10 classes"),
-    ("student.py", [*STUDENT, "--t-path", "plain/best.pth"], "--t-arch"),
-    ("student.py", [*STUDENT, "--t-path", "plain/best.pth", "--t-arch", "vgg8"], "does not fit vgg8"),
-    ("student.py", [*STUDENT, "--t-path", "plain/best.pth", "--t-arch", "vgg9"], "invalid choice: 'vgg9'"),
+    ("student.py", [*STUDENT, "--dataset", "cifar10"], "trained on synthetic, 100 classes; cifar10 has 10"),
+    ("student.py", [*STUDENT, "--t-path", "old/best.pth"], "--t-arch"),
+    ("student.py", [*STUDENT, "--t-path", "old/best.pth", "--t-arch", "vgg8"], "does not fit vgg8"),
+    ("student.py", [*STUDENT, "--t-path", "old/best.pth", "--t-arch", "vgg9"], "invalid choice: 'vgg9'"),
     ("student.py", [*STUDENT, "--t-path", "unfinished"], "unfinished: this run is not finished"),
     ("student.py", [*STUDENT, "--t-path", "unfinished/ckpt"], "unfinished: this run is not finished"),
     ("student.py", [*STUDENT, *"--ce-weight 0 --kd-weight 0 --tf-weight 0 --ss-weight 0".split()], "nothing to learn"),
@@ -81,13 +82,14 @@ BAD_FLAGS = [
     ("student.py", [*STUDENT, "--export", ""], "--export '': give a file's name"),
     ("student.py", [*STUDENT, "--export", "."], "--export .: give a file's name"),
     ("student.py", ["--s-path", "plain", "--export", "plain/best.pth"], "--export plain/best.pth: is there already"),
-    ("student.py", ["--s-path", "plain", "--export", "s.pt2"], "--s-arch beside --s-path"),
+    ("student.py", ["--s-path", "plain", "--export", "s.pt"], "--export s.pt: ends in neither .pt2 (torch.export) nor"),
+    ("student.py", ["--s-path", "old", "--export", "s.pt2"], "--s-arch beside --s-path"),
     ("baseline.py", STUDENT, "--method is missing; the known ones are kd, fitnet, "),
     ("baseline.py", [*STUDENT, "--method", "sskd"], "--method: invalid choice: 'sskd' (choose from "),
     ("baseline.py", ["--method", "kd", "--s-arch", "resnet8"], "--t-path is missing"),
     ("baseline.py", ["--method", "kd", "--t-path", "teacher_resnet8_seed0"], "--s-arch is missing"),
     ("baseline.py", [*STUDENT, "--method", "kd", "--t-path", "unfinished"], "unfinished: this run is not finished"),
-    ("baseline.py", [*STUDENT, "--method", "kd", "--t-path", "plain/best.pth"], "--t-arch"),
+    ("baseline.py", [*STUDENT, "--method", "kd", "--t-path", "old/best.pth"], "--t-arch"),
     ("baseline.py", [*STUDENT, "--method", "kd", "--export", "empty"], "--export empty: give a file's name"),
     ("baseline.py", [*STUDENT, "--method", "crd", "--weight", "-1"], "--weight: '-1' is not a number of at least 0"),
     ("baseline.py", [*STUDENT, "--method", "crd", "--kd-T", "0"], "--kd-T: '0' is not a number above 0"),
@@ -104,14 +106,23 @@ BAD_FLAGS = [
 
 @pytest.fixture
 def workplace(runs, tmp_path, monkeypatch):
-    """A folder with a teacher, a checkpoint without a telling name, and an empty folder; the current directory."""
+    """A folder with a teacher, checkpoints without a telling name, and an empty folder; the current directory."""
     for path in ("teacher_resnet8_seed0/best.pth", "plain/best.pth"):
         (tmp_path / path).parent.mkdir()
         (tmp_path / path).write_bytes((runs.teacher / "ckpt" / "best.pth").read_bytes())
+    (tmp_path / "old").mkdir()
+    saved = torch.load(runs.teacher / "ckpt" / "best.pth", weights_only=True)
+    torch.save({name: saved[name] for name in ("epoch", "state_dict", "acc")}, tmp_path / "old" / "best.pth")
     (tmp_path / "empty").mkdir()
     shutil.copytree(runs.teacher, tmp_path / "unfinished", ignore=shutil.ignore_patterns("result.json"))
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+def test_onnx_without_its_packages_is_refused_at_once(workplace, monkeypatch, fails):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    line = fails(student.main, "--s-path", "plain", "--export", "student.onnx")
+    assert "--export student.onnx: for ONNX PyTorch needs `pip install onnx onnxscript`" in line
 
 
 def listing(folder):

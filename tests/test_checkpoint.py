@@ -9,12 +9,13 @@ import warnings
 from collections import OrderedDict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from oracle import NAMES, fill, images
 from torch import Tensor, nn
 
-from models import CheckpointError, find_arch, find_checkpoint, load, model_dict
+from models import CheckpointError, find_arch, find_checkpoint, load, model_dict, read
 
 STUDENT_RUN = "sskd_student_{}_weight0.1+0.9+2.7+10.0_T4.0+4.0+0.5_ratio1.0+0.75_seed0_{}"
 
@@ -61,6 +62,17 @@ LAYOUTS = {
     "compiled Wrapper": lambda s: prefixed(with_head(s), "_orig_mod."),
     "compiled backbone in a Wrapper": lambda s: prefixed(s, "module.backbone._orig_mod."),
     "student's last.pth": lambda s: {"phase": "student", "student": with_head(s), "optimisation": {}},
+    "HSAKD": lambda s: {"net": s, "acc": 0.7, "epoch": 239},
+    "HSAKD teacher": lambda s: {"net": prefixed(s, "backbone.") | {"auxiliary_classifier.fc1.bias": torch.ones(400)}},
+    "mdistiller student with an adapter": lambda s: {
+        "model": prefixed(s, "module.student.") | {"module.conv_reg.weight": torch.ones(2, 2)}
+    },
+    "Lightning": lambda s: {
+        "state_dict": prefixed(s, "model.") | {"criterion.weight": torch.ones(100)},
+        "hyper_parameters": {"lr": 0.05},
+    },
+    "model_state_dict": lambda s: {"model_state_dict": s, "optimizer_state_dict": {}, "loss": 0.1},
+    "net in a module": lambda s: prefixed(s, "module.net."),
     "nested": lambda s: {"state_dict": {"model": prefixed(s, "_orig_mod.module.")}},
 }
 
@@ -68,7 +80,28 @@ LAYOUTS = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_known_layout_loads(layout, state, tmp_path):
     file = save(LAYOUTS[layout](state), tmp_path / "teacher_resnet8_seed0" / "ckpt" / "best.pth")
-    assert_holds(load(file), state)
+    loaded = load(file)
+    assert_holds(loaded, state)
+    saved = fill(model_dict["resnet8"]()).eval()
+    with torch.no_grad():
+        assert torch.equal(loaded.eval()(images()), saved(images()))
+
+
+class WithBody(nn.Module):
+    """A network that keeps its body in `backbone`."""
+
+    def __init__(self, num_classes):
+        super().__init__()
+        self.backbone = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+        self.classifier = nn.Sequential(nn.Linear(4, num_classes))
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "backbone.", "module.backbone.", "module.student."])
+def test_a_network_whose_own_names_look_like_wrappers_reads_its_checkpoint(prefix, tmp_path, monkeypatch):
+    monkeypatch.setitem(model_dict, "mine", WithBody)
+    state = fill(WithBody(100)).state_dict()
+    content = prefixed(state, prefix) | ({"proj_head.0.weight": torch.ones(4, 4)} if prefix == "backbone." else {})
+    assert_holds(load(save(content, tmp_path / "best.pth"), arch="mine"), state)
 
 
 def test_repdistillers_mobilenet_loads_despite_its_other_classifier_name(tmp_path):
@@ -160,7 +193,32 @@ def test_a_folder_stands_for_its_best_checkpoint(files, found, tmp_path):
 def test_the_folders_name_tells_the_architecture(file, arch, tmp_path):
     content = save({"state_dict": {}}, tmp_path / file)
     assert find_arch(content) == arch
-    assert find_arch(content, arch="vgg8") == arch, "the folder's name comes before the argument"
+
+
+@pytest.mark.parametrize(
+    ("file", "arch"),
+    [
+        ("hub/checkpoints/cifar100_resnet56-f2eff4c8.pt", "resnet56"),
+        ("cifar10_resnet20-4118986f.pt", "resnet20"),
+        ("resnet56_vanilla/ckpt_epoch_240.pth", "resnet56"),
+        ("cifar100_baselines/dkd,res32x4,res8x4/student_best", "resnet8x4"),
+        ("dkd,wrn_40_2,shuv1/best", "ShuffleV1"),
+        ("kd,res50,mv2/student_latest", "MobileNetV2"),
+        ("kd,vgg13,res50/epoch_240", "ResNet50"),
+        ("train_baseline_cifar_arch_wrn_40_2_dataset_cifar100_seed0/wrn_40_2_best.pth.tar", "wrn_40_2"),
+        ("teacher_vgg13/resnet8.pth", "resnet8"),
+    ],
+)
+def test_names_of_other_repositories_tell_the_architecture(file, arch, tmp_path):
+    assert find_arch(save({"model": {}}, tmp_path / file)) == arch
+
+
+def test_the_flag_beats_the_name_and_says_so_where_they_differ(state, tmp_path, capsys):
+    file = save(state, tmp_path / "teacher_vgg13_seed0" / "best.pth")
+    assert_holds(load(file, arch="resnet8"), state)
+    assert f"{file} is taken for resnet8, as asked, though its name says vgg13\n" == capsys.readouterr().out
+    assert find_arch(file, arch="vgg13") == "vgg13"
+    assert capsys.readouterr().out == ""
 
 
 def test_a_network_whose_name_begins_with_anothers_is_itself(tmp_path, monkeypatch):
@@ -177,10 +235,18 @@ def test_a_student_run_gives_its_student_and_its_teacher(state, tmp_path):
     assert_holds(load(folder / "ckpt" / "teacher.pth"), teacher)
 
 
-def test_the_checkpoints_own_architecture_comes_first(state, tmp_path):
-    file = save({"arch": "resnet8", "state_dict": state}, tmp_path / "teacher_vgg13_seed0" / "best.pth")
+@pytest.mark.parametrize("about", [{"arch": "resnet8"}, {"about": {"arch": "resnet8"}}], ids=str)
+def test_the_checkpoints_own_architecture_comes_first(about, state, tmp_path, capsys):
+    file = save(about | {"state_dict": state}, tmp_path / "teacher_vgg13_seed0" / "best.pth")
+    assert find_arch(file, arch="resnet8") == find_arch(file) == "resnet8"
+    assert capsys.readouterr().out == ""
     assert find_arch(file, arch="vgg8") == "resnet8"
+    assert "says that it is resnet8, so it is not taken for vgg8" in capsys.readouterr().out
     assert_holds(load(file, arch="vgg8"), state)
+
+
+def test_an_unknown_architecture_in_the_checkpoint_leaves_the_choice_to_the_flag(state, tmp_path):
+    assert_holds(load(save({"arch": "resnet8_cifar", "state_dict": state}, tmp_path / "best.pth"), "resnet8"), state)
 
 
 def test_the_name_is_found_from_inside_the_folder(state, tmp_path, monkeypatch):
@@ -195,6 +261,88 @@ def test_the_name_is_found_from_inside_the_folder(state, tmp_path, monkeypatch):
 def test_a_name_that_tells_nothing_leaves_the_choice_to_the_argument(state, tmp_path):
     file = save(state, tmp_path / "teacher_densenet_seed0" / "best.pth")
     assert_holds(load(file, arch="resnet8"), state)
+
+
+# --- what a checkpoint says of itself ---
+
+ABOUT = {"arch": "resnet8", "dataset": "cifar10", "classes": 10, "side": 32, "tested": 10_000}
+ABOUT |= {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.25, 0.3]}
+
+
+def test_a_checkpoint_that_tells_all_needs_no_name_and_no_flag(tmp_path):
+    state = fill(model_dict["resnet8"](num_classes=10)).state_dict()
+    file = save({"epoch": 3, "state_dict": state, "acc": 71.5, "about": ABOUT}, tmp_path / "renamed" / "it.pth")
+    checkpoint = read(tmp_path / "renamed")
+    assert (checkpoint.file, checkpoint.arch, checkpoint.about, checkpoint.acc) == (file, "resnet8", ABOUT, 71.5)
+    assert_holds(load(file), state)
+    with pytest.raises(CheckpointError, match="does not fit resnet8 with 100 classes"):
+        load(file, num_classes=100)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"classes": 0},
+        {"classes": True},
+        {"classes": 10.0},
+        {"side": -32},
+        {"dataset": 3},
+        {"mean": [0.5, 0.5]},
+        {"mean": "0.5"},
+        {"std": [0.2, 0.2, 0.0]},
+        {"std": [0.2, math.nan, 0.2]},
+        {"arch": ["resnet8"]},
+    ],
+    ids=str,
+)
+def test_what_cannot_be_meant_is_as_if_it_had_not_been_said(wrong, state, tmp_path):
+    file = save({"state_dict": state, "about": ABOUT | wrong}, tmp_path / "best.pth")
+    (name,) = wrong
+    assert read(file, arch="resnet8").about == {key: value for key, value in ABOUT.items() if key != name}
+
+
+@pytest.mark.parametrize("about", [None, 3, [], "cifar10", {}, {3: 4}], ids=str)
+def test_a_checkpoint_that_says_nothing_of_itself_loads(about, state, tmp_path):
+    checkpoint = read(save({"state_dict": state, "about": about}, tmp_path / "resnet8.pth"))
+    assert checkpoint.about == {} and checkpoint.acc is None
+    assert_holds(checkpoint.network(), state)
+
+
+@pytest.mark.parametrize(
+    ("content", "acc"),
+    [
+        ({"acc": 71.5}, 71.5),
+        ({"best_acc": torch.tensor(71.5)}, 71.5),
+        ({"accuracy": torch.tensor([71.5])}, 71.5),
+        ({"acc": np.float64(71.5)}, 71.5),
+        ({"acc": np.float32(71.5)}, 71.5),
+        ({"acc": np.int64(71)}, 71),
+        ({"acc": "high", "best_acc": 70}, 70),
+        ({"acc": math.nan}, None),
+        ({"acc": torch.ones(2)}, None),
+        ({}, None),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("zipped", [True, False])
+def test_the_reported_accuracy_is_read_whatever_kind_of_number_it_is(content, acc, zipped, state, tmp_path):
+    file = tmp_path / "resnet8.pth"
+    torch.save(content | {"model": state, "lr": np.float64(0.1)}, file, _use_new_zipfile_serialization=zipped)
+    if not zipped:  # as NumPy 1 wrote it
+        file.write_bytes(file.read_bytes().replace(b"numpy._core.multiarray", b"numpy.core.multiarray"))
+    assert read(file).acc == acc
+
+
+class Crafted:
+    """A pickled NumPy scalar whose type would have its bytes taken for a pointer."""
+
+    def __reduce__(self):
+        return np.float64(1).__reduce__()[0], (np.dtype([("pointer", "O")]), b"\x00" * 8)
+
+
+def test_a_numpy_scalar_of_another_kind_is_not_made(state, tmp_path):
+    file = save({"model": state, "acc": Crafted()}, tmp_path / "resnet8.pth")
+    assert "is not a PyTorch checkpoint, or is damaged" in complaint(file)
 
 
 # --- what cannot be read is told in one line ---
@@ -241,10 +389,23 @@ def test_a_folder_without_a_best_checkpoint_is_told_with_what_was_looked_for(sta
     assert "'best'" in message and "ckpt/" in message
 
 
+@pytest.mark.parametrize(
+    "files", [["ckpt_epoch_240.pth"], ["ckpt/240.pt", "ckpt/last.pth", "ckpt/ss_head_01.pth", "log.txt", "README"]]
+)
+def test_the_only_checkpoint_of_a_folder_is_taken_whatever_its_name(files, tmp_path):
+    for file in files:
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).touch()
+    assert find_checkpoint(tmp_path) == tmp_path / files[0]
+    (tmp_path / "another.pth").touch()
+    with pytest.raises(CheckpointError, match="nor in its ckpt/, but 2 others; give the file"):
+        find_checkpoint(tmp_path)
+
+
 def test_without_any_architecture_the_message_names_all_three_ways(state, tmp_path):
     message = complaint(save(state, tmp_path / "downloads" / "best.pth"))
     assert "checkpoint has no key 'arch'" in message
-    assert "folder's name 'downloads'" in message
+    assert "folder's name 'downloads'" in message and "neither the file's nor" in message
     assert "--t-arch" in message
     assert all(name in message for name in NAMES)
 
@@ -269,6 +430,13 @@ def test_a_checkpoint_of_another_architecture_is_told_with_the_first_misfit(arch
     message = complaint(file, arch=arch, num_classes=classes)
     assert f"does not fit {arch} with {classes} classes" in message
     assert re.search(misfit, message), message
+
+
+def test_another_network_of_the_same_name_is_called_that(tmp_path):
+    layers = nn.Sequential(nn.Conv2d(3, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU(), nn.Conv2d(64, 64, 3))
+    state = prefixed(layers.state_dict(), "features.") | {"classifier.0.weight": torch.ones(512, 512)}
+    message = complaint(save(state, tmp_path / "cifar100_vgg13_bn-5ebe5778.pt"))  # as in torchvision
+    assert "another network, perhaps of the same name: it has 0 of the 72 tensors of vgg13" in message
 
 
 def test_a_tensor_too_many_is_told(state, tmp_path):
@@ -379,13 +547,15 @@ BAD_TEXT = "\x1b[31m\n\r\x9b\u202e\ud800" + "long" * 1000
     [
         lambda s: {BAD_TEXT: 1},
         lambda s: s | {BAD_TEXT: torch.zeros(1)},
-        lambda s: {BAD_TEXT: torch.zeros(1), "module." + BAD_TEXT: torch.zeros(1)},
-        lambda s: {"arch": BAD_TEXT, "state_dict": s},
+        lambda s: {"student." + BAD_TEXT: torch.zeros(1), "module." + BAD_TEXT: torch.zeros(1)},
+        lambda s: {"about": {"arch": BAD_TEXT}, "state_dict": s},
     ],
     ids=["no tensor", "too many", "twice", "architecture"],
 )
 def test_text_of_a_checkpoint_is_shown_escaped_and_short(content, state, tmp_path):
-    message = complaint(save(content(state), tmp_path / "best.pth"), arch="resnet8")
+    content = content(state)
+    arch = None if "about" in content else "resnet8"
+    message = complaint(save(content, tmp_path / "best.pth"), arch=arch)
     assert r"'\x1b[31m\n\r\x9b\u202e\ud800long" in message
     assert len(message) < 1000
 

@@ -7,8 +7,11 @@ import pytest
 import torch
 from oracle import fill, hashed
 from torch import Tensor, nn
+from torchvision.transforms.v2 import functional as tvf
 
 from models import ExportError, exported, model_dict
+
+PLAIN = [0.0] * 3, [1.0] * 3  # no normalisation
 
 
 def read_back(program: bytes) -> nn.Module:
@@ -22,25 +25,27 @@ def small() -> nn.Module:
 
 def test_the_exported_network_answers_like_the_network_in_eval_mode_for_any_batch():
     model = fill(model_dict["resnet8"](num_classes=10))
-    answer = read_back(exported(model))
+    mean, std = torch.tensor([0.5, 0.4, 0.3]), torch.tensor([0.2, 0.25, 0.3])
+    answer = read_back(exported(model, mean.tolist(), std.tolist()))
     model.eval()
     with torch.no_grad():
         for count in (1, 5):
-            images = hashed(count, (count, 3, 32, 32)).float()
-            torch.testing.assert_close(answer(images), model(images), rtol=1e-4, atol=1e-4)
+            pixels = hashed(count, (count, 3, 32, 32)).float() / 2 + 0.5
+            images = tvf.normalize(pixels, mean, std)
+            torch.testing.assert_close(answer(pixels), model(images), rtol=1e-4, atol=1e-4)
 
 
 def test_the_side_of_the_images_can_be_chosen():
     network = small()
     images = hashed(1, (4, 3, 8, 8)).float()
-    torch.testing.assert_close(read_back(exported(network, side=8))(images), network.eval()(images))
+    torch.testing.assert_close(read_back(exported(network, *PLAIN, side=8))(images), network.eval()(images))
 
 
 def test_exporting_leaves_the_network_and_the_random_numbers_as_they_are():
     network = small()
     before = {name: value.clone() for name, value in network.state_dict().items()}
     draws = torch.get_rng_state()
-    exported(network)
+    exported(network, *PLAIN)
     assert all(module.training for module in network.modules())
     for name, value in network.state_dict().items():
         assert torch.equal(value, before[name]), name
@@ -55,4 +60,13 @@ def test_a_network_that_is_read_back_wrong_is_not_returned(monkeypatch):
 
     monkeypatch.setattr(torch.export, "load", lambda _: SimpleNamespace(module=lambda: off))
     with pytest.raises(ExportError, match="answers otherwise.*Mismatched elements: 3 / 6"):
-        exported(network)
+        exported(network, *PLAIN)
+
+
+def test_onnx_answers_like_the_network_for_any_batch():
+    reference = pytest.importorskip("onnx.reference", reason="ONNX is no requirement")
+    pytest.importorskip("onnxscript", reason="ONNX is no requirement")
+    network, images = small(), hashed(1, (5, 3, 8, 8)).float()
+    content = exported(network, [0.5] * 3, [0.25] * 3, side=8, onnx=True)
+    (answer,) = reference.ReferenceEvaluator(content).run(["logits"], {"images": images.numpy()})
+    torch.testing.assert_close(torch.from_numpy(answer), network.eval()((images - 0.5) / 0.25).detach())

@@ -166,6 +166,16 @@ def test_links_to_runs_and_teachers_of_others_are_found(tmp_path, capsys):
     assert cells(printed, "SSKD", ("resnet32x4", "resnet8x4"))["here, best"] == "75.00 (1)"
 
 
+def test_a_teacher_in_a_renamed_folder_is_known_by_the_result_and_its_path_is_not_recorded(tmp_path, capsys):
+    folder = write_student(tmp_path / "runs", ("mine", "vgg8"), 75, 74)
+    change(folder / "result.json", teacher={"path": "/home/me/mine.pth", "arch": "vgg13", "acc": 75.4})
+    for source in (tmp_path / "runs", tmp_path / "study.jsonl"):
+        assert cells(show(capsys, source, "--markdown"), "SSKD", ("vgg13", "vgg8"))["here, best"] == "75.00 (1)"
+        show(capsys, "--record", tmp_path / "study.jsonl", tmp_path / "runs")
+    (record,) = records(tmp_path / "study.jsonl")
+    assert record["result"]["teacher"] == {"arch": "vgg13", "acc": 75.4}
+
+
 def test_flags_of_a_term_that_is_not_used_do_not_part_runs(tmp_path, capsys):
     common = ["--dataset", "synthetic", "--tf-weight", "0", "--ss-weight", "0"]
     write_student(tmp_path, ("resnet14", "resnet8"), 20, 20, *common)

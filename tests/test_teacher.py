@@ -1,6 +1,7 @@
 """teacher.py from the command line."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from conftest import TINY
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import cifar
+import models
 import teacher
 
 SPEED = "speed/teacher_images_per_second"  # not in the log, which has to repeat bit for bit
@@ -18,7 +20,10 @@ def test_a_run_leaves_what_the_design_promises(runs):
     assert files == {"best.pth", "last.pth", "002.pth", "003.pth"}
     best = torch.load(runs.teacher / "ckpt" / "best.pth", weights_only=True)
     result = json.loads((runs.teacher / "result.json").read_text())
-    assert set(best) == {"epoch", "state_dict", "acc"}
+    assert set(best) == {"epoch", "state_dict", "acc", "about"}
+    mean, std = ([value] * 3 for value in (0.4330, 0.1820))
+    told = {"arch": "resnet8", "dataset": "synthetic", "classes": 100, "side": 32, "mean": mean, "std": std}
+    assert best["about"] == told | {"tested": 40}
     assert (best["acc"], best["epoch"]) == (result["best_acc"], result["best_epoch"])
     assert result["epochs"] == 3
     assert result["seconds"] > 0
@@ -77,6 +82,32 @@ def test_every_label_of_the_data_sets_has_its_name():
     assert cifar.CLASSES["cifar100"] == sorted(set(cifar.CLASSES["cifar100"]))
 
 
+def test_a_renamed_checkpoint_needs_neither_data_set_nor_network(runs, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for folder, network in ((runs.teacher, "best.pth"), (runs.student, "student_best.pth")):
+        shutil.copy(folder / "ckpt" / network, tmp_path / "renamed.pth")
+        reported = json.loads((folder / "result.json").read_text())["best_acc"]
+        teacher.main(["--evaluate", "renamed.pth", "--test-size", "40"])
+        out, err = capsys.readouterr()
+        assert f"test accuracy {reported:.2f} %" in out and "of 40 images" in out and err == ""
+        assert "data: synthetic, on which renamed.pth says that it was trained\n" in out
+
+
+def test_another_data_set_than_the_checkpoints_is_warned_of_or_refused(runs, tmp_path, fails, capsys):
+    saved = torch.load(runs.teacher / "ckpt" / "best.pth", weights_only=True)
+    file = tmp_path / "renamed.pth"
+    torch.save(saved | {"about": saved["about"] | {"dataset": "cifar100"}}, file)
+    teacher.main(["--evaluate", str(file), *TINY])
+    assert capsys.readouterr().err.startswith(
+        f"warning: {file} says that it was trained on cifar100, not on synthetic;"
+    )
+    torch.save(saved | {"about": saved["about"] | {"dataset": "cifar\n1000"}}, file)
+    assert "trained on cifar 1000, a data set unknown here; give --dataset" in fails(teacher.main, "--evaluate", file)
+    assert "trained on synthetic, 100 classes; cifar10 has 10" in fails(
+        teacher.main, "--evaluate", runs.teacher, "--dataset", "cifar10"
+    )
+
+
 def test_the_learning_rate_falls_after_the_milestones(runs):
     last = torch.load(runs.teacher / "ckpt" / "last.pth", weights_only=True)
     assert last["parts"]["optimisation"]["optimizer"]["param_groups"][0]["lr"] == pytest.approx(0.005)
@@ -105,3 +136,14 @@ def test_half_precision_and_deterministic_runs_work(more, tmp_path, capsys):
     lines = (tmp_path / "teacher_resnet8_seed0" / "log.jsonl").read_text().splitlines()
     losses = [json.loads(line)["train/cls_loss"] for line in lines]
     assert losses[-1] < losses[0]
+
+
+def test_a_network_that_could_be_no_teacher_is_refused_before_it_is_trained(tmp_path, monkeypatch, fails):
+    class Lacking(models.model_dict["resnet8"].func):
+        def forward(self, x):  # no is_feat
+            return super().forward(x)
+
+    monkeypatch.setitem(models.model_dict, "mine", lambda num_classes: Lacking(8, (16, 16, 32, 64), num_classes))
+    line = fails(teacher.main, "--arch", "mine", *TINY, "--experiments", tmp_path)
+    assert "mine fails on two images, with is_feat=True or without:" in line
+    assert not any(tmp_path.iterdir())

@@ -6,7 +6,7 @@ from oracle import fill
 from torch import nn
 
 import models
-from wrapper import Wrapper, fold_batch_norms, frozen
+from wrapper import NetworkError, Wrapper, check_network, fold_batch_norms, frozen
 
 
 def images(count=4):
@@ -81,3 +81,64 @@ def test_folding_leaves_the_teacher_as_it_was_and_shares_its_head():
     assert all(parameter.requires_grad for parameter in teacher.parameters())
     for name, value in teacher.state_dict().items():
         assert torch.equal(value, before[name])
+
+
+class Small(nn.Module):
+    """(N, 3, any, any) → 7 classes, as a network of the zoo; `lacking` says in what not."""
+
+    def __init__(self, lacking=None):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.fc, self.lacking = nn.Linear(5, 7), lacking
+        if lacking == "order":
+            self.unused = nn.Linear(5, 7)
+
+    def forward(self, x, is_feat=False, preact=False):
+        if self.lacking == "trace" and x.mean() > 10:
+            raise ValueError
+        feature = self.body(x)
+        logits = self.fc(feature * 2 if self.lacking == "feature" else feature)
+        if self.lacking == "logits" and is_feat:
+            logits = logits + 1
+        features = [] if self.lacking == "features" else [x if self.lacking == "last" else feature]
+        return (features, logits) if is_feat else logits
+
+
+@pytest.mark.parametrize(
+    ("lacking", "classes", "words"),
+    [
+        ("features", 7, "mine fails on two images, with is_feat=True or without: list index out of range"),
+        ("last", 7, r"its last nn.Linear is no classifier of features\[-1\], \(3, 32, 32\) an image"),
+        ("feature", 7, r"its logits are not what its last nn.Linear gives for features\[-1\]"),
+        ("order", 7, r"its logits are not what its last nn.Linear gives for features\[-1\]"),
+        ("logits", 7, r"gives for two images not twice the same logits \(2, 7\)"),
+        (None, 8, r"gives for two images not twice the same logits \(2, 8\): \(2, 7\), \(2, 7\)"),
+    ],
+)
+def test_a_network_that_lacks_what_a_teacher_needs_is_told_in_what(lacking, classes, words):
+    with pytest.raises(NetworkError, match=words):
+        check_network(fill(Small(lacking)), "mine", classes, 32)
+
+
+@pytest.mark.parametrize("arch", ["resnet8", "wrn_16_1", "vgg8", "MobileNetV2", "ShuffleV1", "ShuffleV2"])
+def test_a_network_of_the_zoo_passes_and_stays_as_it_is(arch, capsys):
+    network = models.model_dict[arch](num_classes=10)
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    draws = torch.get_rng_state()
+    check_network(network, arch, 10, 32)
+    assert capsys.readouterr().out == ""
+    assert torch.equal(torch.get_rng_state(), draws)
+    for name, value in network.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_a_teacher_that_cannot_be_traced_is_used_unfolded_with_a_line(capsys):
+    network = fill(Small("trace"))
+    check_network(network, "mine", 7, 32)
+    folded = fold_batch_norms(Wrapper(network))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 and lines[0] == lines[1]
+    assert lines[0].startswith("frozen teacher: its batch norms stay, for torch.fx can't trace it (symbolically traced")
+    assert not any(parameter.requires_grad for parameter in folded.backbone.parameters())
+    assert all(parameter.requires_grad for parameter in network.parameters())
+    torch.testing.assert_close(folded(images()).logits, network.eval()(images()))
