@@ -46,12 +46,12 @@ published() {
   python student.py --t-path experiments/teacher_wrn_40_2_seed0 --s-arch ShuffleV1 --lr 0.01
 }
 
-demo() {
-  local of="--dataset synthetic --train-size 2000 --test-size 1000 --experiments experiments/demo"
-  local few="--few-shot 0.25 --epoch 12 --milestones 8 10"
-  python teacher.py --arch resnet20 $of --epoch 8 --milestones 5 7
-  python teacher.py --arch resnet8 $of $few
-  python student.py --t-path experiments/demo/teacher_resnet20_seed0 --s-arch resnet8 $of $few --t-epoch 4 --t-milestones 3
+demo() { # a teacher that has seen 2,000 drawn images; a student that has seen a quarter of them, alone and with SSKD
+  local images="--dataset synthetic --train-size 2000 --test-size 1000 --batch-size 32 --experiments experiments/demo"
+  local quarter="--few-shot 0.25 --epoch 16 --milestones 10 14"
+  python teacher.py --arch resnet14 $images --epoch 8 --milestones 5 7
+  python teacher.py --arch resnet8 $images $quarter
+  python student.py --t-path experiments/demo/teacher_resnet14_seed0 --s-arch resnet8 $images $quarter --t-epoch 3 --t-milestones 2
 }
 
 die() { # MESSAGE
@@ -85,7 +85,7 @@ need() { # FILE …: chooses $interpreter and sees to it that it has what these 
     interpreter=$active/bin/python
   elif maker=$(cat .venv/unfinished 2>/dev/null); then # a call was stopped while it made .venv, or is at it
     if kill -0 "$maker" 2>/dev/null; then die "process $maker is making .venv: wait for it"; fi
-    rm -rf .venv
+    find .venv -mindepth 1 ! -path .venv/unfinished -delete # this mark last, once the next one is complete
   elif [ -x .venv/bin/python ]; then
     interpreter=.venv/bin/python
   fi
