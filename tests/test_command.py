@@ -55,10 +55,9 @@ def test_every_command_is_one_that_the_scripts_accept(place, words):
     root, run = place
     assert run(*words).returncode == 0
     entries = {"teacher.py": teacher, "student.py": student}
-    args = [
-        entries[line.split()[0]].parse_args(line.split()[1:])
-        for line in record(root, "begin")[: 24 if not words else 3]
-    ]
+    lines = [line.split() for line in record(root, "begin") if not line.startswith("experiments/table.py")]
+    args = [entries[script].parse_args(flags) for script, *flags in lines]
+    assert len(args) == (3 if words else 24)
     assert {(each.dataset, each.seed) for each in args} == {("synthetic" if words else "cifar100", 0)}
 
 
@@ -161,7 +160,7 @@ def test_a_failure_keeps_only_the_students_of_that_teacher_from_running(place):
     outcomes = summary(done.stdout)
     assert outcomes.pop("teacher.py --arch vgg13 --lr 0.05") == "failed (3)"
     of_vgg13 = [words for words in outcomes if "teacher_vgg13_seed0" in words]
-    assert [outcomes.pop(words) for words in of_vgg13] == ["left out, its teacher failed"] * 2
+    assert [outcomes.pop(words) for words in of_vgg13] == ["left out"] * 2
     assert list(outcomes.values()) == ["finished"] * 21
     assert len(record(root, "end")) == 22
 
@@ -194,17 +193,47 @@ def test_a_signal_stops_what_runs_and_starts_nothing_more(place, number, to_all)
     assert list(summary("\n" + output).values()) == ["finished", "stopped"] + ["not run"] * 22
 
 
-def test_the_demo_ends_with_its_figures(place):
+def test_the_demo_ends_with_its_figures_unless_something_failed(place):
     root, run = place
     done = run("demo")
     assert (done.returncode, done.stderr) == (0, "")
-    assert [line.split()[0] for line in record(root, "end")[:3]] == ["teacher.py", "teacher.py", "student.py"]
-    assert list(summary(done.stdout.rpartition("\n\n")[0]).values()) == ["finished"] * 3
-    failed = run("demo", FAIL="resnet20")
-    assert (failed.returncode, list(summary(failed.stdout).values())[::2]) == (
-        1,
-        ["failed (3)", "left out, its teacher failed"],
+    ran = [line.split()[0] for line in record(root, "end")]
+    assert ran == ["teacher.py", "teacher.py", "student.py", "experiments/table.py"]
+    assert (
+        done.stdout.index("\nfinished ") < done.stdout.index("end experiments/table.py") < done.stdout.index("What it")
     )
+    failed = run("demo", FAIL="resnet14")
+    assert (failed.returncode, list(summary(failed.stdout).values())) == (1, ["failed (3)", "finished", "left out"])
+
+
+@pytest.mark.slow
+def test_the_demo_ends_with_sskd_above_the_same_student_alone(tmp_path):
+    for path in ROOT.iterdir():
+        if path.suffix in (".py", ".sh", ".txt") or path.name == "models":
+            (shutil.copy if path.suffix == ".sh" else os.symlink)(path, tmp_path / path.name)
+    (tmp_path / "experiments").mkdir()
+    for path in (ROOT / "experiments").glob("*.*"):
+        (tmp_path / "experiments" / path.name).symlink_to(path)
+    (tmp_path / "env" / "bin").mkdir(parents=True)
+    (tmp_path / "env" / "bin" / "python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    (tmp_path / "env" / "bin" / "python").chmod(0o755)
+    done = subprocess.run(
+        ["bash", tmp_path / "command.sh", "demo"],
+        env=OUTSIDE | {"VIRTUAL_ENV": str(tmp_path / "env")},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    results = {
+        path.parent.name: json.loads(path.read_text()) for path in tmp_path.glob("experiments/demo/*/result.json")
+    }
+    teacher_acc, alone, sskd = (
+        next(result["best_acc"] for name, result in results.items() if name.startswith(start))
+        for start in ("teacher_resnet14_", "teacher_resnet8_", "sskd_")
+    )
+    assert teacher_acc > sskd > alone + 4
+    table = done.stdout[done.stdout.index("finished") :]
+    assert all(f"{acc:.2f} (1)" in table for acc in (teacher_acc, alone, sskd))
 
 
 # -------------------------------------------------------------------------------------------------------------- set-up
@@ -259,7 +288,8 @@ def test_a_venv_that_another_call_is_making_is_left_to_it(bare):
     (root / ".venv").mkdir()
     (root / ".venv" / "unfinished").write_text(f"{os.getpid()}\n")
     done = run("setup")
-    assert (done.returncode, done.stderr) == (2, f"command.sh: process {os.getpid()} is making .venv: wait for it\n")
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"command.sh: process {os.getpid()} seems to be making .venv: wait for it")
     assert (root / ".venv" / "unfinished").exists()
 
 
