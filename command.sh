@@ -83,11 +83,10 @@ need() { # FILE …: chooses $interpreter and sees to it that it has what these 
   interpreter=python3
   if [ -n "$active" ]; then
     interpreter=$active/bin/python
-  elif maker=$(cat .venv/unfinished 2>/dev/null); then # a call was stopped while it made .venv, or is at it
+  elif maker=$(cat .venv/unfinished 2>/dev/null); then # a call was stopped while it made .venv, or is at it now
     if [ "$maker" != $$ ] && kill -0 "$maker" 2>/dev/null; then
       die "process $maker seems to be making .venv: wait for it, or delete .venv"
     fi
-    find .venv -mindepth 1 ! -path .venv/unfinished -delete # but for the mark, until the next one is complete
   elif [ -x .venv/bin/python ]; then
     interpreter=.venv/bin/python
   fi
@@ -101,6 +100,7 @@ need() { # FILE …: chooses $interpreter and sees to it that it has what these 
   if [ "$interpreter" = python3 ]; then
     if [ -z "$(lacking requirements.txt)" ]; then own=--system-site-packages; fi # only the tests' own are missing
     mkdir -p .venv && echo $$ >.venv/unfinished || exit 1
+    find .venv -mindepth 1 ! -path .venv/unfinished -delete # what is left of one that does not work
     python3 -m venv $own .venv || die "python3 -m venv failed (on Debian and Ubuntu: apt-get install python3-venv)"
     interpreter=.venv/bin/python
   fi
@@ -109,23 +109,16 @@ need() { # FILE …: chooses $interpreter and sees to it that it has what these 
   rm -f .venv/unfinished
 }
 
-child="" stopped="" failed="" report=""
+stopped="" failed="" report=""
 
 python() { # SCRIPT --FLAG VALUE …: runs one command of a list and notes what became of it
   local outcome="not run" status=1
   if [[ -z "$stopped" && "$failed" = *" ${3##*/} "* ]]; then
-    outcome="left out"
+    outcome="left out" # its teacher failed
   elif [ -z "$stopped" ]; then
     echo "python $*"
-    "$interpreter" "$@" &
-    child=$!
-    if [ -n "$stopped" ]; then kill "$child"; fi # the signal came before the child was known
-    wait "$child"
+    "$interpreter" "$@"
     status=$?
-    while kill -0 "$child" 2>/dev/null; do # it was a signal that ended the wait
-      wait "$child"
-      status=$?
-    done
     outcome="failed ($status)"
     if [ -n "$stopped" ]; then outcome=stopped; fi
     if [ "$status" = 0 ]; then outcome=finished; fi
@@ -136,8 +129,7 @@ python() { # SCRIPT --FLAG VALUE …: runs one command of a list and notes what 
 
 run() { # LIST: its commands, one after the other, and a summary
   need requirements.txt
-  trap 'stopped=130; kill $child 2>/dev/null' INT
-  trap 'stopped=143; kill $child 2>/dev/null' TERM
+  trap 'stopped=130' INT # after the command that runs, which Ctrl-C has reached, too
   "$1"
   echo "$report"
   if [ -n "$stopped$failed" ]; then exit "${stopped:-1}"; fi
