@@ -1,0 +1,514 @@
+"""Many experiments on one machine or a cluster, on Ray (pip install -r requirements-experiments.txt).
+
+    python experiments/sweep.py                                            # the published tables: 24 runs
+    python experiments/sweep.py similar --seeds 0 1 2 --methods kd sskd --per-gpu 2 -- --amp bf16
+    python experiments/sweep.py --pairs resnet20:resnet8 --methods kd+tf sskd --grid ratio-ss 0 0.25 0.5 0.75 1
+    python experiments/sweep.py cross --teachers downloads --seeds 0 1 2   # trained ones, used as they are
+    python experiments/sweep.py --list                                     # the commands, for another scheduler
+
+A run is a command of teacher.py, student.py or baseline.py, and takes its share of a GPU (without GPUs: of the cores).
+A student starts when its teacher is finished. A finished run is skipped, a stopped one goes on: the same command
+continues everything. With --address auto the runs go to a running Ray cluster, whose machines must all see this
+repository, the data and the run folders under the same paths: nothing is sent to them.
+"""
+
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while PyTorch is imported, which takes seconds, just ends it
+
+import datetime
+import functools
+import importlib
+import itertools
+import json
+import math
+import os
+import platform
+import re
+import shlex
+import sys
+import time
+import traceback
+from argparse import Namespace
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the rooms lie there, wherever this is started from
+
+import torch
+
+import baseline
+import cifar
+import models
+import student
+import teacher
+from experiments.table import LOW_RATE, PUBLISHED
+from methods import METHODS
+from record import Stopped, entry, refuse_unfinished
+from teacher_store import SSHeadFile, TeacherCheckpoint, load_teacher
+from utils import Parser, UserError, number
+
+ROOT = Path(__file__).resolve().parents[1]
+# of student.py: SSKD and what is left of it without tf, without ss, and without both
+SSKD = {"sskd": [], "kd+tf": ["--ss-weight", "0"], "kd+ss": ["--tf-weight", "0"]}
+SSKD |= {"kd-4views": ["--tf-weight", "0", "--ss-weight", "0"]}
+KNOWN = ["alone", *METHODS, *SSKD]
+
+# a script's parser, and what it asks for before it looks at any other flag
+NETWORKS = ["--t-path", "-", "--s-arch", "resnet8"]
+SCRIPTS = {
+    "teacher.py": (teacher.parse_args, ["--arch", "resnet8"]),
+    "student.py": (student.parse_args, NETWORKS),
+    "baseline.py": (baseline.parse_args, ["--method", "fitnet", *NETWORKS]),
+}
+STUDENTS_ONLY = {"--few-shot", "--label-noise"}  # a teacher sees all images and their true labels
+ELSEWHERE = {"--seed": "--seeds sets it", "--experiments": "it stands in front of --", "--method": "--methods sets it"}
+ELSEWHERE |= dict.fromkeys(("--arch", "--s-arch"), "--pairs sets it")
+ELSEWHERE |= dict.fromkeys(("--t-path", "--t-arch"), "--pairs and --teachers set it")
+ELSEWHERE |= {"--gpu-id": "Ray chooses the GPU", "--overwrite": "delete their folders, or take another --experiments"}
+ELSEWHERE |= dict.fromkeys(("-h", "--help", "--evaluate", "--export", "--s-path"), "it is for one run")
+
+WAITS, RUNS = "not run", "running"  # a job at first and then,
+FINISHED, STOPPED, FAILED, LEFT_OUT = "finished", "stopped", "failed", "left out"  # and what becomes of it
+BEGINS, ENDS = "=== begins", "=== ends"  # lines of a run's log
+HELD = re.compile("another process is running in|was finished by another process")  # the last line of such a run
+PAUSE = 20  # seconds until it is tried again
+INTERVAL = 60  # seconds between two lines of a run on the screen
+RETRIES = 20  # of a run whose worker or node died
+
+
+@dataclass(eq=False)
+class Job:
+    """A run: its command, and how far it is."""
+
+    name: str  # of its log
+    script: str
+    flags: list[str]
+    log: Path
+    teacher: "Job | None" = None  # to be finished first
+    outcome: str = WAITS
+    rest: float = 0.0  # not before this time, since another process held it
+    head: Path | None = None  # the SS head that it reads, or trains and leaves for others
+    line: str = ""  # the last one of its log,
+    read: int = 0  # which is known up to this byte
+
+
+class Point(NamedTuple):
+    """A point of the grid."""
+
+    folder: str  # of its runs; empty outside a grid
+    flags: list[str]
+
+
+# ------------------------------------------------------------------------------------------------------- the commands
+
+
+def parse_args(argv: list[str]) -> Namespace:
+    own, flags = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
+    parser = Parser("Runs many experiments on Ray: python experiments/sweep.py PART OPTIONS -- FLAGS OF THE SCRIPTS")
+    add = parser.add_argument
+    parts = "teachers: networks trained alone; similar, cross: the pairs of a published table; all: everything"
+    add("part", nargs="?", choices=["all", "teachers", "similar", "cross"], default="all", help=parts)
+    add("--pairs", nargs="+", metavar="TEACHER:STUDENT", help="these instead of the published ones")
+    add("--seeds", nargs="+", type=number(int, 0, 2**32 - 1), default=[0], metavar="SEED", help="each repeats all")
+    which = f"of {' '.join(KNOWN)} (default: sskd, and alone for the published tables)"
+    add("--methods", nargs="+", choices=KNOWN, metavar="METHOD", help=which)
+    grid = "a flag of the students without its dashes, and its values (quote one of several words); several multiply"
+    add("--grid", nargs="+", action="append", default=[], metavar=("FLAG", "VALUE"), help=grid)
+    add("--teachers", type=Path, metavar="DIR", help="take the teachers that lie there instead of training them")
+    add("--teacher-seed", type=number(int, 0, 2**32 - 1), metavar="SEED", help="one teacher for all seeds")
+    add("--per-gpu", type=number(int, 1, 1000), default=1, metavar="N", help="runs at once on a GPU (without: in all)")
+    add("--address", help="a running Ray cluster; auto finds the one of this machine")
+    add("--experiments", type=Path, default=Path("experiments"), metavar="DIR", help="folder of the run folders")
+    add("--list", action="store_true", help="print the commands, teachers first, and run nothing")
+    try:
+        args = parser.parse_args(own)
+    except UserError as error:
+        hint = "; flags of the scripts go behind --" if "unrecognized arguments" in str(error) else ""
+        raise UserError(f"{error}{hint}") from None
+    if args.pairs and args.part in ("similar", "cross"):
+        parser.error(f"{args.part} names its own pairs: leave out {args.part} or --pairs")
+    if args.teachers and args.part == "teachers":
+        parser.error("--teachers brings the teachers: there is nothing to train")
+    if args.methods is None:
+        args.methods = ["sskd"] if args.pairs or args.part in ("similar", "cross") else ["alone", "sskd"]
+    args.pairs = [tuple(pair.split(":")) for pair in args.pairs] if args.pairs else published_pairs(args.part)
+    for pair in args.pairs:
+        if len(pair) != 2 or not all(arch in models.model_dict for arch in pair):
+            parser.error(f"--pairs: {':'.join(pair)} is not TEACHER:STUDENT, two of {', '.join(models.model_dict)}")
+    args.flags = group(flags)
+    args.points = grid_points(args.grid)
+    args.varied = [f"--{name.lstrip('-')}" for name, *_ in args.grid]
+    for name in (*(words[0].partition("=")[0] for words in args.flags), *args.varied):
+        if name in ELSEWHERE:
+            parser.error(f"{name} is not for all runs of a sweep: {ELSEWHERE[name]}")
+    return args
+
+
+def published_pairs(part: str) -> list[tuple[str, str]]:
+    tables = json.loads(PUBLISHED.read_text())
+    chosen = (part,) if part in tables else ("similar", "cross")
+    return [tuple(pair) for name in chosen for pair in tables[name]["pairs"]]
+
+
+def group(words: list[str]) -> list[list[str]]:
+    """Each flag with its values."""
+    groups: list[list[str]] = []
+    for word in words:
+        if re.match(r"--?[a-zA-Z]", word):
+            groups.append([word])
+        elif groups:
+            groups[-1].append(word)
+        else:
+            raise UserError(f"{word!r} behind -- is no flag of the scripts")
+    return groups
+
+
+def grid_points(grids: list[list[str]]) -> list[Point]:
+    """Every combination of the values of all grids; one point without a folder if there is no grid."""
+    axes = []
+    for flag, *values in grids:
+        if not values:
+            raise UserError(f"--grid {flag}: give its values, too")
+        name = flag.lstrip("-")
+        if any(axis[0].flags[0] == f"--{name}" for axis in axes):
+            raise UserError(f"--grid {name} is given twice")
+        axes.append([Point(f"{name}_{value}", [f"--{name}", *value.split()]) for value in dict.fromkeys(values)])
+    points = []
+    for chosen in itertools.product(*axes):
+        folder = re.sub(r"[^\w.+-]", "-", "_".join(point.folder for point in chosen))
+        points.append(Point(folder, [word for point in chosen for word in point.flags]))
+    return points
+
+
+@functools.cache
+def knows(script: str, flag: str) -> bool:
+    """Whether a script has a flag, as `--amp` or `--amp=bf16`, going by its own parser."""
+    parse, needed = SCRIPTS[script]
+    try:
+        parse([*needed, flag])
+    except UserError as error:  # that a value is missing, for one; the whole command is checked later
+        return not str(error).startswith(f"unrecognized arguments: {flag}")
+    return True
+
+
+def make_jobs(args: Namespace) -> list[Job]:
+    """All runs, each kind seed by seed: the teachers, the networks alone, then the students.
+
+    Raises:
+        UserError: a flag that no script has, or that a script refuses; a teacher that is not in `--teachers`.
+    """
+    scripts = {script_of(method)[0] for method in args.methods}
+    for known_to, names in ((scripts | {"teacher.py"}, [words[0] for words in args.flags]), (scripts, args.varied)):
+        if unknown := [name for name in names if not any(knows(script, name) for script in known_to)]:
+            raise UserError(f"{unknown[0]}: {' and '.join(sorted(known_to))} have no such flag")
+    jobs: dict[str, Job] = {}  # by command: teachers that several pairs share are there once
+
+    def add(name: str, script: str, flags: list[str], teacher: Job | None = None) -> Job:
+        job = Job(name, script, flags, args.experiments / "logs" / f"{name}.log", teacher)
+        return jobs.setdefault(command(job), job)
+
+    methods = [method for method in args.methods if method == "alone" or args.part != "teachers"]
+    teachers: dict[tuple[str, int], tuple[Path, Job | None]] = {}
+    for seed, (arch, _) in itertools.product(args.seeds, args.pairs):
+        t_seed = seed if args.teacher_seed is None else args.teacher_seed
+        if args.teachers:
+            teachers[arch, seed] = find_teacher(args.teachers, arch, t_seed), None
+        else:
+            name = f"teacher_{arch}_seed{t_seed}"
+            job = add(name, "teacher.py", flags_of(args, "teacher.py", ["--arch", arch], t_seed))
+            teachers[arch, seed] = args.experiments / name, job
+    for is_alone in (True, False):
+        for seed, (t_arch, s_arch), method in itertools.product(args.seeds, args.pairs, methods):
+            if (method == "alone") != is_alone:
+                continue
+            script, own = script_of(method)
+            path, job = (None, None) if is_alone else teachers[t_arch, seed]
+            networks = ["--arch", s_arch] if is_alone else ["--t-path", str(path), "--s-arch", s_arch]
+            name = f"{method}_{s_arch}_seed{seed}" + ("" if is_alone else f"_{folder_of(path).name}")
+            for point in args.points if varies(args, method) else [Point("", [])]:
+                flags = flags_of(args, script, [*networks, *own], seed, point)
+                add(f"{point.folder}_{name}".lstrip("_"), script, flags, job)
+    if not jobs:
+        raise UserError("there is nothing to run")
+    return list(jobs.values())
+
+
+def script_of(method: str) -> tuple[str, list[str]]:
+    """The script of a method, and the flags that make it this method."""
+    if method == "alone":
+        return "teacher.py", []
+    return ("student.py", SSKD[method]) if method in SSKD else ("baseline.py", ["--method", method])
+
+
+def varies(args: Namespace, method: str) -> bool:
+    """Whether the grid is for this method: its script has all the flags, and none of them is what makes the method."""
+    script, own = script_of(method)
+    return all(knows(script, name) and name not in own for name in args.varied)
+
+
+def flags_of(args: Namespace, script: str, own: list[str], seed: int, point: Point | None = None) -> list[str]:
+    """The flags of one run; without a `point` of the grid it is a teacher's.
+
+    Raises:
+        UserError: the script refuses them.
+    """
+    own = own + (point.flags if point else [])
+    more = []
+    for words in args.flags:
+        name = words[0].partition("=")[0]
+        if name in own:
+            raise UserError(f"{name} behind -- contradicts --grid or --methods, which set it")
+        if knows(script, words[0]) and (point or name not in STUDENTS_ONLY):
+            more += words
+    if not any(word.partition("=")[0] == "--lr" for word in own + more):
+        own += [
+            "--lr",
+            "0.01" if own[own.index("--arch" if "--arch" in own else "--s-arch") + 1] in LOW_RATE else "0.05",
+        ]
+    folder = args.experiments / (point.folder if point else "")
+    place = ["--experiments", str(folder)] if folder != Path("experiments") else []
+    flags = [*own, "--seed", str(seed), *place, *more]
+    if seed in (args.seeds[0], args.teacher_seed):  # the parser would say the same about every other seed
+        try:
+            SCRIPTS[script][0](flags)
+        except UserError as error:
+            raise UserError(f"{script} {shlex.join(flags)}: {error}") from None
+    return flags
+
+
+def find_teacher(folder: Path, arch: str, seed: int) -> Path:
+    """The run folder of a trained network in `folder`, the one of this seed before any other; or a lone checkpoint."""
+    names = [f"teacher_{arch}_seed{seed}", f"{arch}_seed{seed}", f"teacher_{arch}", f"{arch}_vanilla", arch]
+    for path in filter(Path.is_dir, (folder / name for name in names)):
+        refuse_unfinished(path)
+        files = [file for file in path.iterdir() if file.is_file() and file.suffix in (".pth", ".pt")]
+        return files[0] if len(files) == 1 else path  # as downloaded: ckpt_epoch_240.pth
+    raise UserError(f"--teachers {folder}: no {arch} of seed {seed} there; looked for the folders {', '.join(names)}")
+
+
+def folder_of(teacher: Path) -> Path:
+    return teacher if teacher.is_dir() or not teacher.suffix else teacher.parent
+
+
+def command(job: Job) -> str:
+    """What one types in a shell."""
+    return shlex.join(["python", os.path.relpath(ROOT / job.script), *job.flags])
+
+
+# ------------------------------------------------------------------------------------------------------ running them
+
+
+@entry(models.CheckpointError)
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(sys.argv[1:] if argv is None else argv)
+    jobs = make_jobs(args)
+    if args.list:
+        print(*map(command, jobs), sep="\n")
+        return
+    (args.experiments / "logs").mkdir(parents=True, exist_ok=True)
+    try:
+        perform(jobs, args.per_gpu, args.address)
+    finally:
+        summary(jobs)
+    if any(job.outcome != FINISHED for job in jobs):
+        sys.exit(1)
+
+
+def start_ray(address: str | None) -> Any:
+    """The module `ray`, joined to a cluster: the one at `address`, else one of this process on this machine."""
+    settings = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}  # 0: a run is as fast as by hand
+    settings["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"  # else Ray warns of a change to come
+    os.environ.update(settings | os.environ)
+    try:
+        import ray
+    except ImportError:
+        raise UserError("Ray is missing: pip install -r requirements-experiments.txt (--list does without)") from None
+    # nothing is kept in Ray's store, which else takes a third of the memory
+    own = {} if address else {"include_dashboard": False, "object_store_memory": 100 * 2**20}
+    try:
+        ray.init(address or "local", log_to_driver=False, logging_level="ERROR", **own)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise UserError(f"no Ray cluster at {address or 'this machine'}: {error}") from error
+    return ray
+
+
+def share_of_device(ray: Any, per_gpu: int) -> tuple[dict[str, float], torch.device]:
+    """What Ray reserves for a run, and the kind of device that it will run on."""
+
+    def share(whole: float) -> float:
+        return math.floor(whole / per_gpu * 10_000) / 10_000  # Ray counts so; three times 0.33334 would not fit
+
+    if ray.cluster_resources().get("GPU"):
+        return {"num_gpus": share(1), "num_cpus": 0}, torch.device("cuda")
+    cores = [node["Resources"]["CPU"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
+    if not cores:
+        raise UserError("the Ray cluster has neither GPUs nor CPU cores")
+    return {"num_cpus": share(min(cores))}, torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def perform(jobs: list[Job], per_gpu: int, address: str | None) -> None:
+    """Runs all jobs; what became of each is its `outcome`.
+
+    Raises:
+        Stopped: SIGINT or SIGTERM arrived. All runs have ended by then.
+    """
+    ray = start_ray(address)
+    signals: list[int] = []
+    for each in (signal.SIGINT, signal.SIGTERM):  # only noted: what a handler raises gets lost in Ray's functions
+        signal.signal(each, lambda caught, frame: signals.append(caught))
+    share, device = share_of_device(ray, per_gpu)
+    remote = ray.remote(max_calls=1, max_retries=RETRIES, **share)(work)  # max_calls: a process for each run
+    running: dict[Any, Job] = {}
+    trainers: dict[Path, Job] = {}
+    shown = time.monotonic()
+    while not signals and any(job.outcome in (WAITS, RUNS) for job in jobs):
+        for job in jobs:
+            if job.outcome == WAITS and may_start(job, trainers, device):
+                job.outcome, job.read = RUNS, job.log.stat().st_size if job.log.exists() else 0
+                running[remote.remote(job.script, job.flags, job.log, os.getcwd())] = job
+        if running:
+            ended, _ = ray.wait(list(running), timeout=1)
+        else:
+            ended, _ = [], time.sleep(1)  # until another process lets go of a run
+        for job in running.values():
+            follow(job)
+        for reference in ended:
+            end(running.pop(reference), *result(ray, reference), jobs)
+        if time.monotonic() > shown + INTERVAL:
+            shown = time.monotonic()
+            for job in running.values():
+                print(f"{job.name}: {job.line}", flush=True)
+    if signals:
+        print("stopping; every run ends at its next step", flush=True)
+        for reference in running:
+            ray.cancel(reference)
+        if running:
+            ray.wait(list(running), num_returns=len(running), timeout=60)
+        for job in running.values():
+            job.outcome = STOPPED
+    ray.shutdown()
+    if signals:
+        raise Stopped(signals[0])
+
+
+def may_start(job: Job, trainers: dict[Path, Job], device: torch.device) -> bool:
+    """Whether a waiting job's teacher is finished, and its teacher's SS head trained or this job's to train.
+
+    `trainers` has the job that trains each SS head. A job of a teacher that did not finish is left out.
+    """
+    if job.teacher is not None and job.teacher.outcome != FINISHED:
+        if job.teacher.outcome not in (WAITS, RUNS):
+            job.outcome, job.line = LEFT_OUT, f"its teacher is not finished: {job.teacher.name}"
+        return False
+    if time.monotonic() < job.rest:
+        return False
+    if job.script != "student.py":
+        return True
+    job.head = job.head or ss_head(job.flags, device)
+    trainer = trainers.setdefault(job.head, job)
+    if trainer.outcome in (FAILED, STOPPED) or trainer.rest:
+        trainer = trainers[job.head] = job
+    return trainer is job or trainer.outcome == FINISHED or job.head.exists()
+
+
+def ss_head(flags: list[str], device: torch.device) -> Path:
+    """The file of the SS head that a command of student.py reads, or trains and leaves for others."""
+    args = student.parse_args(flags)
+    try:
+        return SSHeadFile(args, trained_teacher(args.t_path, cifar.NUM_CLASSES[args.dataset]), device).path
+    except (UserError, models.CheckpointError):
+        return Path(os.devnull)  # exists: the run may start, and will say what is wrong
+
+
+@functools.lru_cache(maxsize=4)
+def trained_teacher(path: str, num_classes: int) -> TeacherCheckpoint:
+    return load_teacher(path, None, num_classes)
+
+
+def work(script: str, flags: list[str], log: Path, folder: str) -> tuple[int, str]:
+    """One run, in a Ray worker: its exit status and the last line of its log.
+
+    The script runs in the worker's own process. So the run is dead exactly when Ray sees the worker die, and
+    `ray.cancel` is its Ctrl-C.
+    """
+    os.chdir(folder)
+    sys.path.insert(0, str(ROOT))
+    with open(log, "ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.stdout = sys.stderr = os.fdopen(1, "w", buffering=1, closefd=False)
+    sys.argv = [script, *flags]  # for config.json
+    where = f"{platform.node()}, process {os.getpid()}, CUDA_VISIBLE_DEVICES {os.environ.get('CUDA_VISIBLE_DEVICES')}"
+    print(f"{BEGINS} {now()} on {where}: {script} {shlex.join(flags)}")
+    status = 0
+    try:
+        importlib.import_module(script.removesuffix(".py")).main(flags)
+    except SystemExit as end:
+        status = end.code
+    except Exception:
+        traceback.print_exc()
+        status = 1
+    line = log.read_bytes()[-2000:].decode(errors="replace").strip().rpartition("\n")[2]
+    print(f"{ENDS} {now()}, status {status}")
+    if status == 128 + signal.SIGTERM:  # not from this sweep: a machine that is going down; Ray starts the run again
+        os._exit(status)
+    return status, line
+
+
+def now() -> str:
+    return datetime.datetime.now().astimezone().isoformat(timespec="milliseconds")
+
+
+def result(ray: Any, reference: Any) -> tuple[int, str]:
+    """What `work` returned, or a status and a line for what kept it from returning."""
+    try:
+        return ray.get(reference)
+    except ray.exceptions.TaskCancelledError:
+        return 128 + signal.SIGINT, "stopped"
+    except ray.exceptions.RayError as error:
+        return 1, str(error).strip().splitlines()[-1]
+
+
+def follow(job: Job) -> None:
+    """Reads what is new in the log of a run; tells of each start, of which a run whose machine died has several."""
+    if not job.log.exists():
+        return
+    with open(job.log, "rb") as file:
+        file.seek(job.read)
+        whole, newline, _ = file.read().rpartition(b"\n")
+    job.read += len(whole + newline)
+    for line in whole.decode(errors="replace").splitlines():
+        if line.startswith(BEGINS):
+            print(
+                f"begins: {job.name} ({line.removeprefix(BEGINS).partition(': ')[0].strip()}), log in {job.log}",
+                flush=True,
+            )
+        elif line.strip() and not line.startswith(ENDS):
+            job.line = line
+
+
+def end(job: Job, status: int, line: str, jobs: list[Job]) -> None:
+    """Notes down what became of a run, and says so."""
+    if status == 2 and HELD.search(line):
+        job.outcome, job.rest = WAITS, time.monotonic() + PAUSE
+        print(f"waits: {job.name}: {line}", flush=True)
+        return
+    job.outcome, job.line = FINISHED if status == 0 else STOPPED if status > 128 else FAILED, line
+    known = sum(job.outcome not in (WAITS, RUNS) for job in jobs)
+    print(f"[{known}/{len(jobs)}] {job.outcome}: {job.name}: {line}", flush=True)
+
+
+def summary(jobs: list[Job]) -> None:
+    for job in jobs:
+        if job.outcome != FINISHED:
+            print(f"{job.outcome}: {job.name}" + (f": {job.line}" if job.outcome in (FAILED, LEFT_OUT) else ""))
+    counts = Counter(job.outcome for job in jobs)
+    print(f"{len(jobs)} runs: {', '.join(f'{count} {outcome}' for outcome, count in counts.items())}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
