@@ -32,9 +32,10 @@ import time
 import traceback
 from argparse import Namespace
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the rooms lie there, wherever this is started from
 
@@ -65,11 +66,12 @@ SCRIPTS = {
     "baseline.py": (baseline.parse_args, ["--method", "fitnet", *NETWORKS]),
 }
 STUDENTS_ONLY = {"--few-shot", "--label-noise"}  # a teacher sees all images and their true labels
-ELSEWHERE = {"--seed": "--seeds sets it", "--experiments": "it stands in front of --", "--method": "--methods sets it"}
-ELSEWHERE |= dict.fromkeys(("--arch", "--s-arch"), "--pairs sets it")
-ELSEWHERE |= dict.fromkeys(("--t-path", "--t-arch"), "--pairs and --teachers set it")
-ELSEWHERE |= {"--gpu-id": "Ray chooses the GPU", "--overwrite": "delete their folders, or take another --experiments"}
-ELSEWHERE |= dict.fromkeys(("-h", "--help", "--evaluate", "--export", "--s-path"), "it is for one run")
+# flags that can't be the same for all runs, and why
+REFUSED = {"--seed": "--seeds sets it", "--experiments": "it stands in front of --", "--method": "--methods sets it"}
+REFUSED |= dict.fromkeys(("--arch", "--s-arch"), "--pairs sets it")
+REFUSED |= dict.fromkeys(("--t-path", "--t-arch"), "--pairs and --teachers set it")
+REFUSED |= {"--gpu-id": "Ray chooses the GPU", "--overwrite": "delete their folders, or take another --experiments"}
+REFUSED |= dict.fromkeys(("-h", "--help", "--evaluate", "--export", "--s-path"), "it is for one run")
 
 WAITS, RUNS = "not run", "running"  # a job at first and then,
 FINISHED, STOPPED, FAILED, LEFT_OUT = "finished", "stopped", "failed", "left out"  # and what becomes of it
@@ -96,13 +98,6 @@ class Job:
     read: int = 0  # which is known up to this byte
 
 
-class Point(NamedTuple):
-    """A point of the grid."""
-
-    folder: str  # of its runs; empty outside a grid
-    flags: list[str]
-
-
 # ------------------------------------------------------------------------------------------------------- the commands
 
 
@@ -127,8 +122,8 @@ def parse_args(argv: list[str]) -> Namespace:
     try:
         args = parser.parse_args(own)
     except UserError as error:
-        hint = "; flags of the scripts go behind --" if "unrecognized arguments" in str(error) else ""
-        raise UserError(f"{error}{hint}") from None
+        strange = re.search("unrecognized arguments|argument part", str(error))
+        raise UserError(f"{error}{'; flags of the scripts go behind --' if strange else ''}") from None
     if args.pairs and args.part in ("similar", "cross"):
         parser.error(f"{args.part} names its own pairs: leave out {args.part} or --pairs")
     if args.teachers and args.part == "teachers":
@@ -140,11 +135,12 @@ def parse_args(argv: list[str]) -> Namespace:
         if len(pair) != 2 or not all(arch in models.model_dict for arch in pair):
             parser.error(f"--pairs: {':'.join(pair)} is not TEACHER:STUDENT, two of {', '.join(models.model_dict)}")
     args.flags = group(flags)
-    args.points = grid_points(args.grid)
-    args.varied = [f"--{name.lstrip('-')}" for name, *_ in args.grid]
-    for name in (*(words[0].partition("=")[0] for words in args.flags), *args.varied):
-        if name in ELSEWHERE:
-            parser.error(f"{name} is not for all runs of a sweep: {ELSEWHERE[name]}")
+    grids, args.grid = args.grid, {f"--{flag.lstrip('-')}": values for flag, *values in args.grid}
+    if len(args.grid) < len(grids) or not all(args.grid.values()):
+        parser.error("--grid: give each flag once, with its values")
+    for name in (*(words[0].partition("=")[0] for words in args.flags), *args.grid):
+        if name in REFUSED:
+            parser.error(f"{name} can't be the same for all runs: {REFUSED[name]}")
     return args
 
 
@@ -167,23 +163,6 @@ def group(words: list[str]) -> list[list[str]]:
     return groups
 
 
-def grid_points(grids: list[list[str]]) -> list[Point]:
-    """Every combination of the values of all grids; one point without a folder if there is no grid."""
-    axes = []
-    for flag, *values in grids:
-        if not values:
-            raise UserError(f"--grid {flag}: give its values, too")
-        name = flag.lstrip("-")
-        if any(axis[0].flags[0] == f"--{name}" for axis in axes):
-            raise UserError(f"--grid {name} is given twice")
-        axes.append([Point(f"{name}_{value}", [f"--{name}", *value.split()]) for value in dict.fromkeys(values)])
-    points = []
-    for chosen in itertools.product(*axes):
-        folder = re.sub(r"[^\w.+-]", "-", "_".join(point.folder for point in chosen))
-        points.append(Point(folder, [word for point in chosen for word in point.flags]))
-    return points
-
-
 @functools.cache
 def knows(script: str, flag: str) -> bool:
     """Whether a script has a flag, as `--amp` or `--amp=bf16`, going by its own parser."""
@@ -202,16 +181,15 @@ def make_jobs(args: Namespace) -> list[Job]:
         UserError: a flag that no script has, or that a script refuses; a teacher that is not in `--teachers`.
     """
     scripts = {script_of(method)[0] for method in args.methods}
-    for known_to, names in ((scripts | {"teacher.py"}, [words[0] for words in args.flags]), (scripts, args.varied)):
-        if unknown := [name for name in names if not any(knows(script, name) for script in known_to)]:
-            raise UserError(f"{unknown[0]}: {' and '.join(sorted(known_to))} have no such flag")
-    jobs: dict[str, Job] = {}  # by command: teachers that several pairs share are there once
+    for able, names in ((scripts | {"teacher.py"}, [words[0] for words in args.flags]), (scripts, args.grid)):
+        if unknown := [name for name in names if not any(knows(script, name) for script in able)]:
+            raise UserError(f"{unknown[0]}: no such flag in {', '.join(sorted(able))}")
+    jobs: dict[str, Job] = {}  # by command: a teacher that several pairs share is there once
 
     def add(name: str, script: str, flags: list[str], teacher: Job | None = None) -> Job:
         job = Job(name, script, flags, args.experiments / "logs" / f"{name}.log", teacher)
         return jobs.setdefault(command(job), job)
 
-    methods = [method for method in args.methods if method == "alone" or args.part != "teachers"]
     teachers: dict[tuple[str, int], tuple[Path, Job | None]] = {}
     for seed, (arch, _) in itertools.product(args.seeds, args.pairs):
         t_seed = seed if args.teacher_seed is None else args.teacher_seed
@@ -221,17 +199,22 @@ def make_jobs(args: Namespace) -> list[Job]:
             name = f"teacher_{arch}_seed{t_seed}"
             job = add(name, "teacher.py", flags_of(args, "teacher.py", ["--arch", arch], t_seed))
             teachers[arch, seed] = args.experiments / name, job
-    for is_alone in (True, False):
+    alone, others = [], []
+    for method in args.methods:
+        (alone if method == "alone" else others).append(method)
+    if args.part == "teachers":
+        others = []
+    for methods in (alone, others):
         for seed, (t_arch, s_arch), method in itertools.product(args.seeds, args.pairs, methods):
-            if (method == "alone") != is_alone:
-                continue
+            name, networks, job = f"{method}_{s_arch}_seed{seed}", ["--arch", s_arch], None
+            if method != "alone":
+                path, job = teachers[t_arch, seed]
+                networks = ["--t-path", str(path), "--s-arch", s_arch]
+                name += f"_{path.parent.name if path.is_file() else path.name}"
             script, own = script_of(method)
-            path, job = (None, None) if is_alone else teachers[t_arch, seed]
-            networks = ["--arch", s_arch] if is_alone else ["--t-path", str(path), "--s-arch", s_arch]
-            name = f"{method}_{s_arch}_seed{seed}" + ("" if is_alone else f"_{folder_of(path).name}")
-            for point in args.points if varies(args, method) else [Point("", [])]:
-                flags = flags_of(args, script, [*networks, *own], seed, point)
-                add(f"{point.folder}_{name}".lstrip("_"), script, flags, job)
+            for folder, varied in points(args, method):
+                flags = flags_of(args, script, networks, seed, [*own, *varied], folder)
+                add(f"{folder}_{name}" if folder else name, script, flags, job)
     if not jobs:
         raise UserError("there is nothing to run")
     return list(jobs.values())
@@ -244,34 +227,37 @@ def script_of(method: str) -> tuple[str, list[str]]:
     return ("student.py", SSKD[method]) if method in SSKD else ("baseline.py", ["--method", method])
 
 
-def varies(args: Namespace, method: str) -> bool:
-    """Whether the grid is for this method: its script has all the flags, and none of them is what makes the method."""
+def points(args: Namespace, method: str) -> Iterator[tuple[str, list[str]]]:
+    """The grid's points, as the name of a folder and flags: every combination of the values of those flags which the
+    method's script has and that are not what makes the method; outside any folder if there is none."""
     script, own = script_of(method)
-    return all(knows(script, name) and name not in own for name in args.varied)
+    axes = [
+        [(flag, value) for value in args.grid[flag]] for flag in args.grid if knows(script, flag) and flag not in own
+    ]
+    for chosen in itertools.product(*axes):
+        folder = "_".join(f"{flag[2:]}_{value}" for flag, value in chosen)
+        yield re.sub(r"[^\w.+-]", "-", folder), [word for flag, value in chosen for word in (flag, *value.split())]
 
 
-def flags_of(args: Namespace, script: str, own: list[str], seed: int, point: Point | None = None) -> list[str]:
-    """The flags of one run; without a `point` of the grid it is a teacher's.
+def flags_of(
+    args: Namespace, script: str, networks: list[str], seed: int, own: list[str] | None = None, folder: str = ""
+) -> list[str]:
+    """The flags of one run: of a student with its `own`, in a folder of the grid, or else of a teacher.
 
     Raises:
         UserError: the script refuses them.
     """
-    own = own + (point.flags if point else [])
-    more = []
+    flags = [*networks, "--seed", str(seed), *(own or [])]
+    if args.experiments / folder != Path("experiments"):
+        flags += ["--experiments", str(args.experiments / folder)]
     for words in args.flags:
         name = words[0].partition("=")[0]
-        if name in own:
+        if name in (own or []):
             raise UserError(f"{name} behind -- contradicts --grid or --methods, which set it")
-        if knows(script, words[0]) and (point or name not in STUDENTS_ONLY):
-            more += words
-    if not any(word.partition("=")[0] == "--lr" for word in own + more):
-        own += [
-            "--lr",
-            "0.01" if own[own.index("--arch" if "--arch" in own else "--s-arch") + 1] in LOW_RATE else "0.05",
-        ]
-    folder = args.experiments / (point.folder if point else "")
-    place = ["--experiments", str(folder)] if folder != Path("experiments") else []
-    flags = [*own, "--seed", str(seed), *place, *more]
+        if knows(script, words[0]) and not (own is None and name in STUDENTS_ONLY):
+            flags += words
+    if not any(word.partition("=")[0] == "--lr" for word in flags):
+        flags[len(networks) : len(networks)] = ["--lr", "0.01" if networks[-1] in LOW_RATE else "0.05"]
     if seed in (args.seeds[0], args.teacher_seed):  # the parser would say the same about every other seed
         try:
             SCRIPTS[script][0](flags)
@@ -288,10 +274,6 @@ def find_teacher(folder: Path, arch: str, seed: int) -> Path:
         files = [file for file in path.iterdir() if file.is_file() and file.suffix in (".pth", ".pt")]
         return files[0] if len(files) == 1 else path  # as downloaded: ckpt_epoch_240.pth
     raise UserError(f"--teachers {folder}: no {arch} of seed {seed} there; looked for the folders {', '.join(names)}")
-
-
-def folder_of(teacher: Path) -> Path:
-    return teacher if teacher.is_dir() or not teacher.suffix else teacher.parent
 
 
 def command(job: Job) -> str:
