@@ -46,7 +46,7 @@ import cifar
 import models
 import student
 import teacher
-from experiments.table import LOW_RATE, PUBLISHED
+from experiments.table import PUBLISHED
 from methods import METHODS
 from record import Stopped, entry, refuse_unfinished
 from teacher_store import SSHeadFile, TeacherCheckpoint, load_teacher
@@ -58,6 +58,7 @@ SSKD = {"sskd": [], "kd+tf": ["--ss-weight", "0"], "kd+ss": ["--tf-weight", "0"]
 SSKD |= {"kd-4views": ["--tf-weight", "0", "--ss-weight", "0"]}
 KNOWN = ["alone", *METHODS, *SSKD]
 
+LOW_RATE = {"MobileNetV2", "ShuffleV1", "ShuffleV2"}  # published with --lr 0.01, all others with 0.05
 # a script's parser, and what it asks for before it looks at any other flag
 NETWORKS = ["--t-path", "-", "--s-arch", "resnet8"]
 SCRIPTS = {
@@ -78,7 +79,7 @@ FINISHED, STOPPED, FAILED, LEFT_OUT = "finished", "stopped", "failed", "left out
 BEGINS, ENDS = "=== begins", "=== ends"  # lines of a run's log
 HELD = re.compile("another process is running in|was finished by another process")  # the last line of such a run
 PAUSE = 20  # seconds until it is tried again
-INTERVAL = 60  # seconds between two lines of a run on the screen
+INTERVAL = 60  # seconds between two looks at how far the runs are
 RETRIES = 20  # of a run whose worker or node died
 
 
@@ -96,6 +97,7 @@ class Job:
     head: Path | None = None  # the SS head that it reads, or trains and leaves for others
     line: str = ""  # the last one of its log,
     read: int = 0  # which is known up to this byte
+    shown: str = ""  # the last one that was on the screen
 
 
 # ------------------------------------------------------------------------------------------------------- the commands
@@ -346,7 +348,7 @@ def perform(jobs: list[Job], per_gpu: int, address: str | None) -> None:
     remote = ray.remote(max_calls=1, max_retries=RETRIES, **share)(work)  # max_calls: a process for each run
     running: dict[Any, Job] = {}
     trainers: dict[Path, Job] = {}
-    shown = time.monotonic()
+    moment = time.monotonic()
     while not signals and any(job.outcome in (WAITS, RUNS) for job in jobs):
         for job in jobs:
             if job.outcome == WAITS and may_start(job, trainers, device):
@@ -360,10 +362,12 @@ def perform(jobs: list[Job], per_gpu: int, address: str | None) -> None:
             follow(job)
         for reference in ended:
             end(running.pop(reference), *result(ray, reference), jobs)
-        if time.monotonic() > shown + INTERVAL:
-            shown = time.monotonic()
+        if time.monotonic() > moment + INTERVAL:
+            moment = time.monotonic()
             for job in running.values():
-                print(f"{job.name}: {job.line}", flush=True)
+                if job.line != job.shown:
+                    job.shown = job.line
+                    print(f"{job.name}: {job.line}", flush=True)
     if signals:
         print("stopping; every run ends at its next step", flush=True)
         for reference in running:
