@@ -46,6 +46,7 @@ import cifar
 import models
 import student
 import teacher
+from experiments.runs import LOW_RATE
 from experiments.table import PUBLISHED
 from methods import METHODS
 from record import Stopped, entry, refuse_unfinished
@@ -58,7 +59,6 @@ SSKD = {"sskd": [], "kd+tf": ["--ss-weight", "0"], "kd+ss": ["--tf-weight", "0"]
 SSKD |= {"kd-4views": ["--tf-weight", "0", "--ss-weight", "0"]}
 KNOWN = ["alone", *METHODS, *SSKD]
 
-LOW_RATE = {"MobileNetV2", "ShuffleV1", "ShuffleV2"}  # published with --lr 0.01, all others with 0.05
 # a script's parser, and what it asks for before it looks at any other flag
 NETWORKS = ["--t-path", "-", "--s-arch", "resnet8"]
 SCRIPTS = {
