@@ -119,7 +119,7 @@ def parse_args(argv: list[str]) -> Namespace:
     add("--teacher-seed", type=number(int, 0, 2**32 - 1), metavar="SEED", help="one teacher for all seeds")
     add("--per-gpu", type=number(int, 1, 1000), default=1, metavar="N", help="runs at once on a GPU (without: in all)")
     add("--address", help="a running Ray cluster; auto finds the one of this machine")
-    add("--experiments", type=Path, default=Path("experiments"), metavar="DIR", help="folder of the run folders")
+    add("--experiments", type=Path, default="experiments", metavar="DIR", help="folder of the run folders")
     add("--list", action="store_true", help="print the commands, teachers first, and run nothing")
     try:
         args = parser.parse_args(own)
@@ -497,4 +497,6 @@ def summary(jobs: list[Job]) -> None:
 
 
 if __name__ == "__main__":
+    if "--list" in sys.argv:
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # sweep.py --list | head ends quietly
     main()
