@@ -201,11 +201,8 @@ def make_jobs(args: Namespace) -> list[Job]:
             name = f"teacher_{arch}_seed{t_seed}"
             job = add(name, "teacher.py", flags_of(args, "teacher.py", ["--arch", arch], t_seed))
             teachers[arch, seed] = args.experiments / name, job
-    alone, others = [], []
-    for method in args.methods:
-        (alone if method == "alone" else others).append(method)
-    if args.part == "teachers":
-        others = []
+    alone = [method for method in args.methods if method == "alone"]
+    others = [method for method in args.methods if method != "alone" and args.part != "teachers"]
     for methods in (alone, others):
         for seed, (t_arch, s_arch), method in itertools.product(args.seeds, args.pairs, methods):
             name, networks, job = f"{method}_{s_arch}_seed{seed}", ["--arch", s_arch], None
