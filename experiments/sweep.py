@@ -12,46 +12,17 @@ continues everything. With --address auto the runs go to a running Ray cluster, 
 repository, the data and the run folders under the same paths: nothing is sent to them.
 """
 
-import signal
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while PyTorch is imported, which takes seconds, just ends it
-
-import datetime
-import functools
-import importlib
-import itertools
 import json
-import math
-import os
-import platform
 import re
-import shlex
 import sys
-import time
-import traceback
 from argparse import Namespace
-from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the rooms lie there, wherever this is started from
 
-import torch
-
-import baseline
-import cifar
-import models
-import student
-import teacher
-from experiments.runs import LOW_RATE
+import flags
 from experiments.table import PUBLISHED
-from methods import METHODS
-from record import Stopped, entry, refuse_unfinished
-from teacher_store import SSHeadFile, TeacherCheckpoint, load_teacher
-from utils import Parser, UserError, number
+from flags import METHODS, NETWORKS, Parser, UserError, number
 
 ROOT = Path(__file__).resolve().parents[1]
 # of student.py: SSKD and what is left of it without tf, without ss, and without both
@@ -59,13 +30,6 @@ SSKD = {"sskd": [], "kd+tf": ["--ss-weight", "0"], "kd+ss": ["--tf-weight", "0"]
 SSKD |= {"kd-4views": ["--tf-weight", "0", "--ss-weight", "0"]}
 KNOWN = ["alone", *METHODS, *SSKD]
 
-# a script's parser, and what it asks for before it looks at any other flag
-NETWORKS = ["--t-path", "-", "--s-arch", "resnet8"]
-SCRIPTS = {
-    "teacher.py": (teacher.parse_args, ["--arch", "resnet8"]),
-    "student.py": (student.parse_args, NETWORKS),
-    "baseline.py": (baseline.parse_args, ["--method", "fitnet", *NETWORKS]),
-}
 STUDENTS_ONLY = {"--few-shot", "--label-noise"}  # a teacher sees all images and their true labels
 # flags that can't be the same for all runs, and why
 REFUSED = {"--seed": "--seeds sets it", "--experiments": "it stands in front of --", "--method": "--methods sets it"}
@@ -74,36 +38,9 @@ REFUSED |= dict.fromkeys(("--t-path", "--t-arch"), "--pairs and --teachers set i
 REFUSED |= {"--gpu-id": "Ray chooses the GPU", "--overwrite": "delete their folders, or take another --experiments"}
 REFUSED |= dict.fromkeys(("-h", "--help", "--evaluate", "--export", "--s-path"), "it is for one run")
 
-WAITS, RUNS = "not run", "running"  # a job at first and then,
-FINISHED, STOPPED, FAILED, LEFT_OUT = "finished", "stopped", "failed", "left out"  # and what becomes of it
-BEGINS, ENDS = "=== begins", "=== ends"  # lines of a run's log
-HELD = re.compile("another process is running in|was finished by another process")  # the last line of such a run
-PAUSE = 20  # seconds until it is tried again
-INTERVAL = 60  # seconds between two looks at how far the runs are
-RETRIES = 20  # of a run whose worker or node died
 
-
-@dataclass(eq=False)
-class Job:
-    """A run: its command, and how far it is."""
-
-    name: str  # of its log
-    script: str
-    flags: list[str]
-    log: Path
-    teacher: "Job | None" = None  # to be finished first
-    outcome: str = WAITS
-    rest: float = 0.0  # not before this time, since another process held it
-    head: Path | None = None  # the SS head that it reads, or trains and leaves for others
-    line: str = ""  # the last one of its log,
-    read: int = 0  # which is known up to this byte
-    shown: str = ""  # the last one that was on the screen
-
-
-# ------------------------------------------------------------------------------------------------------- the commands
-
-
-def parse_args(argv: list[str]) -> Namespace:
+def parse_args(argv: list[str] | None) -> Namespace:
+    argv = sys.argv[1:] if argv is None else argv
     own, flags = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
     parser = Parser("Runs many experiments on Ray: python experiments/sweep.py PART OPTIONS -- FLAGS OF THE SCRIPTS")
     add = parser.add_argument
@@ -134,8 +71,8 @@ def parse_args(argv: list[str]) -> Namespace:
         args.methods = ["sskd"] if args.pairs or args.part in ("similar", "cross") else ["alone", "sskd"]
     args.pairs = [tuple(pair.split(":")) for pair in args.pairs] if args.pairs else published_pairs(args.part)
     for pair in args.pairs:
-        if len(pair) != 2 or not all(arch in models.model_dict for arch in pair):
-            parser.error(f"--pairs: {':'.join(pair)} is not TEACHER:STUDENT, two of {', '.join(models.model_dict)}")
+        if len(pair) != 2 or not all(arch in NETWORKS for arch in pair):
+            parser.error(f"--pairs: {':'.join(pair)} is not TEACHER:STUDENT, two of {', '.join(NETWORKS)}")
     args.flags = group(flags)
     grids, args.grid = args.grid, {f"--{flag.lstrip('-')}": values for flag, *values in args.grid}
     if len(args.grid) < len(grids) or not all(args.grid.values()):
@@ -165,6 +102,73 @@ def group(words: list[str]) -> list[list[str]]:
     return groups
 
 
+if __name__ == "__main__":
+    flags.first(parse_args)  # PyTorch takes seconds to import: --help and wrong options are answered before
+
+import datetime
+import functools
+import importlib
+import itertools
+import math
+import os
+import platform
+import shlex
+import signal
+import time
+import traceback
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+import baseline
+import cifar
+import models
+import student
+import teacher
+from experiments.runs import LOW_RATE
+from record import Stopped, entry, refuse_unfinished
+from teacher_store import SSHeadFile, TeacherCheckpoint, load_teacher
+
+# a script's parser, and what it asks for before it looks at any other flag
+NEEDED = ["--t-path", "-", "--s-arch", "resnet8"]
+SCRIPTS = {
+    "teacher.py": (teacher.parse_args, ["--arch", "resnet8"]),
+    "student.py": (student.parse_args, NEEDED),
+    "baseline.py": (baseline.parse_args, ["--method", "fitnet", *NEEDED]),
+}
+
+WAITS, RUNS = "not run", "running"  # a job at first and then,
+FINISHED, STOPPED, FAILED, LEFT_OUT = "finished", "stopped", "failed", "left out"  # and what becomes of it
+BEGINS, ENDS = "=== begins", "=== ends"  # lines of a run's log
+HELD = re.compile("another process is running in|was finished by another process")  # the last line of such a run
+PAUSE = 20  # seconds until it is tried again
+INTERVAL = 60  # seconds between two looks at how far the runs are
+RETRIES = 20  # of a run whose worker or node died
+
+
+@dataclass(eq=False)
+class Job:
+    """A run: its command, and how far it is."""
+
+    name: str  # of its log
+    script: str
+    flags: list[str]
+    log: Path
+    teacher: "Job | None" = None  # to be finished first
+    outcome: str = WAITS
+    rest: float = 0.0  # not before this time, since another process held it
+    head: Path | None = None  # the SS head that it reads, or trains and leaves for others
+    line: str = ""  # the last one of its log,
+    read: int = 0  # which is known up to this byte
+    shown: str = ""  # the last one that was on the screen
+
+
+# ------------------------------------------------------------------------------------------------------- the commands
+
+
 @functools.cache
 def knows(script: str, flag: str) -> bool:
     """Whether a script has a flag, as `--amp` or `--amp=bf16`, going by its own parser."""
@@ -184,8 +188,9 @@ def make_jobs(args: Namespace) -> list[Job]:
     """
     scripts = {script_of(method)[0] for method in args.methods}
     for able, names in ((scripts | {"teacher.py"}, [words[0] for words in args.flags]), (scripts, args.grid)):
-        if unknown := [name for name in names if not any(knows(script, name) for script in able)]:
-            raise UserError(f"{unknown[0]}: no such flag in {', '.join(sorted(able))}")
+        for name in names:
+            if not any(knows(script, name) for script in able):
+                raise UserError(f"{name}: no such flag in {', '.join(sorted(able))}")
     jobs: dict[str, Job] = {}  # by command: a teacher that several pairs share is there once
 
     def add(name: str, script: str, flags: list[str], teacher: Job | None = None) -> Job:
@@ -285,7 +290,7 @@ def command(job: Job) -> str:
 
 @entry(models.CheckpointError)
 def main(argv: list[str] | None = None) -> None:
-    args = parse_args(sys.argv[1:] if argv is None else argv)
+    args = parse_args(argv)
     jobs = make_jobs(args)
     if args.list:
         print(*map(command, jobs), sep="\n")

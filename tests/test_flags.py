@@ -18,7 +18,8 @@ import models
 import student
 import teacher
 
-SCRIPTS = ["teacher.py", "student.py", "baseline.py", "experiments/bench.py", "experiments/plot.py"]
+SCRIPTS = ["teacher.py", "student.py", "baseline.py"]
+SCRIPTS += ["experiments/bench.py", "experiments/plot.py", "experiments/sweep.py"]
 ENTRIES = SCRIPTS[:3]
 ALL = [*SCRIPTS, "experiments/table.py"]  # the last needs nothing but Python itself
 
