@@ -39,6 +39,8 @@ def parse_args(argv: list[str] | None) -> Namespace:
             setattr(args, name, getattr(METHODS[args.method], name, default))
     if args.method == "kd" and args.weight:
         parser.error("--method kd has no term beside kd itself, whose weight is --kd-weight")
+    if args.t_features != "compute" and getattr(METHODS[args.method], "maps", True):
+        parser.error(f"--t-features {args.t_features}: {args.method} asks for maps, which are not stored; use compute")
     if not (args.ce_weight or args.kd_weight or (args.weight and args.method != "ab")):  # ab's term is 0
         parser.error("no term has a weight: there is nothing to learn")
     return args
@@ -60,8 +62,8 @@ import models
 import utils
 from methods import METHODS, MethodError, Outputs, kd_loss, set_phase
 from record import Run, entry, export
-from teacher_store import TeacherCheckpoint, load_teacher, report_teacher
-from wrapper import frozen
+from teacher_store import TeacherCheckpoint, load_teacher, look_once, report_teacher, stored
+from wrapper import classifier, frozen, of_feature
 
 Data = tuple[cifar.Images, cifar.Images]  # training, test
 
@@ -77,7 +79,7 @@ def main(argv: list[str] | None = None) -> None:
 def train(args: Namespace) -> Path:
     """Trains the student, or what a stopped run left of it; returns the run's folder."""
     checkpoint = load_teacher(args, cifar.NUM_CLASSES)
-    run = Run(run_folder(args, checkpoint.folder), args, teacher=checkpoint.fingerprint)
+    run = Run(run_folder(args, checkpoint.folder), args, teacher=checkpoint.fingerprint, t_features=stored(args))
     if run.finished(product="student_best.pth" if args.export else None):
         return run.folder
     device = utils.pick_device(args.gpu_id)
@@ -85,7 +87,8 @@ def train(args: Namespace) -> Path:
     utils.set_up(args.seed, device, args.deterministic)
     networks = make_networks(args, checkpoint.network, device)
     method = make_method(args, checkpoint, networks, data[0].labels)
-    # only now: whether the method goes with the networks is known
+    look_once(args, checkpoint, networks.teacher, networks.autocast, train=data[0])
+    # only now: whether the method goes with the networks and the features have space is known
     run.start(device, teacher=report_teacher(args, checkpoint, checkpoint.network, data[1], networks.autocast))
     run.tell_sizes(networks.student, checkpoint.network)
     if hasattr(method, "first_loss"):
@@ -110,14 +113,19 @@ class Networks(NamedTuple):
 
     student: nn.Module
     teacher: nn.Module  # frozen
+    classifier: nn.Linear  # the teacher's, for a feature that is stored
     preact: bool  # whether the method wants features before their ReLU
     autocast: Callable
 
-    def outputs(self, x: Tensor) -> tuple[Outputs, Outputs]:
-        """What student and teacher give for images (N, 3, 32, 32)."""
+    def outputs(self, x: Tensor, feature: Tensor | None = None) -> tuple[Outputs, Outputs]:
+        """What student and teacher give for images (N, 3, 32, 32), the teacher by its `feature` (N, D) if stored."""
         with self.autocast():
             with torch.no_grad():  # not inference_mode: CRD trains an embedding of the teacher's feature
-                teacher = Outputs(*self.teacher(x))
+                if feature is None:
+                    teacher = Outputs(*self.teacher(x))
+                else:
+                    feature, logits = of_feature(self.classifier, feature)
+                    teacher = Outputs([feature], logits)
             return Outputs(*self.student(x, is_feat=True, preact=self.preact)), teacher
 
 
@@ -126,7 +134,9 @@ def make_networks(args: Namespace, teacher: nn.Module, device: torch.device) -> 
     student = models.model_dict[args.s_arch](num_classes=cifar.NUM_CLASSES[args.dataset])
     for network in (student, teacher):
         network.to(device, memory_format=torch.channels_last)
-    return Networks(student, frozen(teacher, preact=preact), preact, utils.precision(args.amp, device))
+    asked = slice(-1, None) if stored(args) else slice(None)  # of the teacher's features
+    teacher = frozen(teacher, asked, preact)
+    return Networks(student, teacher, classifier(teacher), preact, utils.precision(args.amp, device))
 
 
 def make_method(args: Namespace, checkpoint: TeacherCheckpoint, networks: Networks, labels: Tensor) -> nn.Module:
@@ -178,7 +188,7 @@ def distil(args: Namespace, run: Run, networks: Networks, method: nn.Module, dat
     for epoch in run.epochs("student", args.epoch, student=student, method=method, optimisation=sgd):
         if hasattr(method, "start_epoch"):
             method.start_epoch(args.seed, epoch)
-        batches = train_set.batches("baseline", epoch, views=1)
+        batches = train_set.batches("baseline", epoch, views=1, features=True)
         means = utils.train_epoch(trained, loss_of, batches, sgd, len(train_set), f"student epoch {epoch}")
         ce_loss, acc, top5 = utils.evaluate(student, test_set, networks.autocast, f"test after student epoch {epoch}")
         tested = {"ce_loss": ce_loss, "cls_acc": acc, "cls_acc_top5": top5}
@@ -195,7 +205,7 @@ def make_loss(args: Namespace, networks: Networks, method: nn.Module) -> Callabl
     weights = {"ce": args.ce_weight, args.method: args.weight, "kd": args.kd_weight}
 
     def loss_of(batch: cifar.Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        student, teacher = networks.outputs(batch.x)
+        student, teacher = networks.outputs(batch.x, batch.feature)
         terms = {
             "ce": F.cross_entropy(student.logits.float(), batch.target),
             args.method: method(student, teacher, batch.target, batch.rows),

@@ -12,7 +12,7 @@ import os
 import sys
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -71,6 +71,7 @@ class Batch(NamedTuple):
     target: Tensor  # (B,) labels
     rows: Tensor  # (B,) which images of the split they are
     window: Tensor  # (B, V) which of the 648 windows each view is, see `windows`
+    feature: Tensor | None = None  # (V·B, D) float16, what the teacher saw in each view, if that is stored
 
 
 class Draws(NamedTuple):
@@ -150,7 +151,13 @@ class Images:
         batch_size: images a training step.
         seed: of every draw.
         about: what the checkpoints trained on it say of it, see `about_dataset`.
+        index: (N,) int64, which images of the whole split these are; left out: its first N.
+
+    `features` gives what the teacher sees in the views `window` (N, V) of the images `rows` (N,), as (N, V, D) float16;
+    None if nothing stores that (`teacher_store.look_once`).
     """
+
+    features: Callable[[Tensor, Tensor], Tensor] | None = None
 
     def __init__(
         self,
@@ -161,8 +168,10 @@ class Images:
         batch_size: int = 64,
         seed: int = 0,
         about: dict | None = None,
+        index: Tensor | None = None,
     ):
         self.batch_size, self.seed, self.about = batch_size, seed, about or {}
+        self.index = (torch.arange(len(labels)) if index is None else index).to(device)
         self.pixels = pixels.to(device)
         self.labels = labels.to(device)
         # repeated for every pixel: elementwise work along one long row is vectorised, along rows of 3 it is not
@@ -173,29 +182,39 @@ class Images:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def batches(self, phase: str, epoch: int, views: int) -> Iterator[Batch]:
+    def batches(self, phase: str, epoch: int, views: int, features: bool = False) -> Iterator[Batch]:
         """A training epoch, whose last batch may be smaller.
 
         `views` is 1 (flip and crop) or 4 (rotated by 0, 90, 180, 270 degrees, sharing their flip, not their crop).
+        With `features` the batches bring the teacher's, if they are stored; it looks at what is new to it before this
+        returns.
         """
         draws = draw(len(self), views, self.seed, phase, epoch)
         order, window = (x.to(self.labels.device) for x in draws)
-        yield from self._cut_into(self.batch_size, order, window)
+        return self._cut_into(self.batch_size, order, window, self._looked(order, window, features))
 
-    def test_batches(self, views: int) -> Iterator[Batch]:
-        """The images in their own order, not flipped, not cropped, rotated if `views` is 4.
+    def test_batches(self, views: int, features: bool = False) -> Iterator[Batch]:
+        """The images in their own order, not flipped, not cropped, rotated if `views` is 4; `features` as above.
 
         A batch has 4 · batch_size views, so that none needs more memory than a student's training step.
         """
         rows = torch.arange(len(self), device=self.labels.device)
-        centre = torch.full((len(self), views), PAD, device=rows.device)
-        window = window_rows(torch.zeros_like(rows).unsqueeze(1), centre, centre)
-        yield from self._cut_into(4 * self.batch_size // views, rows, window)
+        window = self.test_windows(views).expand(len(self), views)
+        return self._cut_into(4 * self.batch_size // views, rows, window, self._looked(rows, window, features))
 
-    def _cut_into(self, size: int, order: Tensor, window: Tensor) -> Iterator[Batch]:
+    def test_windows(self, views: int) -> Tensor:
+        """The windows (V,) of every test image's views."""
+        centre = torch.full((1, views), PAD, device=self.labels.device)
+        return window_rows(torch.zeros_like(centre[:, :1]), centre, centre)[0]
+
+    def _looked(self, order: Tensor, window: Tensor, features: bool) -> Tensor | None:
+        return self.features(order, window) if features and self.features else None
+
+    def _cut_into(self, size: int, order: Tensor, window: Tensor, features: Tensor | None) -> Iterator[Batch]:
         for i in range(0, len(order), size):
             rows, seen = order[i : i + size], window[i : i + size]
-            yield Batch(self.views(rows, seen), self.labels[rows], rows, seen)
+            feature = None if features is None else features[i : i + size].flatten(0, 1).contiguous()
+            yield Batch(self.views(rows, seen), self.labels[rows], rows, seen, feature)
 
     def views(self, rows: Tensor, window: Tensor) -> Tensor:
         """Normalised views of the images `rows` (B,) as `window` (B, V) says: (V·B, 3, 32, 32), channels last."""
@@ -256,7 +275,7 @@ def load(args: Namespace, device: torch.device | str) -> tuple[Images, Images]:
         if size is not None and size > len(pixels):
             flag = "--train-size" if train else "--test-size"
             raise DataError(f"{flag} {size}: {name} has {len(pixels)} such images; choose 1 to {len(pixels)}")
-        pixels, labels = pixels[:size], labels[:size]
+        pixels, labels, kept = pixels[:size], labels[:size], None
         if train and args.few_shot < 1:
             kept = few_shot(labels, args.few_shot, args.seed)
             pixels, labels = pixels[kept], labels[kept]
@@ -265,7 +284,7 @@ def load(args: Namespace, device: torch.device | str) -> tuple[Images, Images]:
             labels = label_noise(labels, args.label_noise, NUM_CLASSES[name], args.seed)
         if train and args.batch_size > len(pixels):
             warn(f"--batch-size {args.batch_size} is more than the {len(pixels)} training images: an epoch is one step")
-        splits.append(Images(pixels, labels, STATISTICS[name], device, args.batch_size, args.seed, about))
+        splits.append(Images(pixels, labels, STATISTICS[name], device, args.batch_size, args.seed, about, kept))
     return splits[0], splits[1]
 
 

@@ -14,6 +14,7 @@ What whoever trains a method has to know of it, beyond calling it; an attribute 
     weight                        published β; the forward pass returns the unweighted term, a scalar
     ce_weight, kd_weight          published weights of cross-entropy and kd beside it; default 0.1 and 0.9 (SSKD's
                                   tables; CRD's have 1 and 0)
+    maps = False                  asks for no maps of the teacher: its last feature and logits are enough; default True
     preact = True                 wants both networks' features with `preact=True`, in every phase; default False
     first_epochs                  length of a first phase: one view of each image, the optimizer of the main phase made
                                   anew, a constant rate; default 0
@@ -109,6 +110,7 @@ class KD(nn.Module):
     Its weight is 0 because the total already holds this very term, as kd.
     """
 
+    maps = False
     weight = 0.0
 
     def __init__(self, *_: object):
@@ -245,6 +247,7 @@ class RKD(nn.Module):
     Of the pooled vectors (N, D). Means count the degenerate pairs and triples too, as in its authors' code.
     """
 
+    maps = False
     weight = 1.0
 
     def __init__(self, *_: object):
@@ -277,6 +280,7 @@ class PKT(nn.Module):
     instead of a sum; hence 30000.
     """
 
+    maps = False
     weight = 30000.0
 
     def __init__(self, *_: object):
@@ -522,6 +526,7 @@ class CRD(nn.Module):
         MethodError: the training set has one class only.
     """
 
+    maps = False
     weight = 0.8
     dim = 128
     negatives = 16384
@@ -564,6 +569,7 @@ class DKD(nn.Module):
     means, of the logits (N, C). Before `start_epoch` there is no warm-up.
     """
 
+    maps = False
     weight, ce_weight, kd_weight = 1.0, 1.0, 0.0
     beta = 8.0
     betas = {
@@ -605,6 +611,7 @@ class LS(nn.Module):
     Mean and std (with C − 1) over the classes of a row of the logits (N, C).
     """
 
+    maps = False
     weight, ce_weight, kd_weight = 9.0, 0.1, 0.0
 
     def __init__(self, *_: object):

@@ -43,9 +43,9 @@ import models
 from flags import UserError, show_any_name, tell, warn
 from utils import Fault, device_name, size_of
 
-# flags that change no result
+# flags that change no result (of --t-features all that does is whether features are stored, which `more` tells Run)
 HARMLESS = {"gpu_id", "data_root", "data_url", "experiments", "overwrite", "evaluate", "per_class"}
-HARMLESS |= {"t_path", "t_arch", "s_path", "export"}
+HARMLESS |= {"t_path", "t_arch", "s_path", "export", "t_features"}
 SUMMARY = "best_acc", "best_epoch", "last_acc"  # what every result.json holds
 CONDITIONS = "commit", "python", "torch", "device", "threads"  # of which the last digits of a run may depend
 

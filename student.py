@@ -67,7 +67,7 @@ import models
 import utils
 from losses import VIEWS, SSKDTerms, positives, similarity_matrix, split_views, ss_head_loss, sskd_terms
 from record import Run, entry, export
-from teacher_store import SSHeadFile, load_teacher, report_teacher
+from teacher_store import SSHeadFile, load_teacher, look_once, report_teacher, stored
 from wrapper import Wrapper, fold_batch_norms
 
 Data = tuple[cifar.Images, cifar.Images]  # training, test
@@ -86,18 +86,20 @@ def main(argv: list[str] | None = None) -> None:
 def train(args: Namespace) -> Path:
     """Steps 2 and 3, or what a stopped run left of them; returns the run's folder."""
     checkpoint = load_teacher(args, cifar.NUM_CLASSES)
-    run = Run(run_folder(args, checkpoint.folder), args, teacher=checkpoint.fingerprint)
+    run = Run(run_folder(args, checkpoint.folder), args, teacher=checkpoint.fingerprint, t_features=stored(args))
     if run.finished(product="student_best.pth" if args.export else None):
         return run.folder
     device = utils.pick_device(args.gpu_id)
     data = cifar.load(args, device)
     utils.set_up(args.seed, device, args.deterministic)
     autocast = utils.precision(args.amp, device)
-
     teacher = Wrapper(checkpoint.network).to(device, memory_format=torch.channels_last)
+    folded = fold_batch_norms(teacher)  # the teacher as both steps use it; the SS head is one and the same
+    look_once(args, checkpoint, folded.backbone, autocast, train=data[0], test=data[1])
+
+    # only now: whether there is space for the features is known
     run.start(device, teacher=report_teacher(args, checkpoint, teacher.backbone, data[1], autocast))
     run.tell_sizes(models.model_dict[args.s_arch](num_classes=cifar.NUM_CLASSES[args.dataset]), checkpoint.network)
-    folded = fold_batch_norms(teacher)  # the teacher as both steps use it; the SS head is one and the same
     train_ss_head(args, run, folded, data, autocast, SSHeadFile(args, checkpoint, device))
     run.keep("teacher.pth", teacher.state_dict())  # written after an epoch, by when a continued run has the head again
     distil(args, run, folded, data, autocast)
@@ -131,7 +133,7 @@ def train_ss_head(
     features = None
     for epoch in run.epochs("ss_head", args.t_epoch, head=head, optimisation=sgd):
         features = features or ss_test_features(teacher, test_set, autocast)
-        batches = train_set.batches("ss_head", epoch, VIEWS)
+        batches = train_set.batches("ss_head", epoch, VIEWS, features=True)
         trained = utils.train_epoch(head, loss_of, batches, sgd, len(train_set), f"SS head epoch {epoch}")
         tested = test_ss_head(head, features, autocast, f"test after SS head epoch {epoch}")
         run.log(epoch, len(train_set), train=trained | {"teacher_lr": sgd.lr}, val=tested)
@@ -145,7 +147,7 @@ def make_ss_loss(teacher: Wrapper, autocast: Callable) -> Callable:
 
     def loss_of(batch: cifar.Batch) -> tuple[Tensor, dict[str, Tensor]]:
         with autocast():
-            embedding = teacher(batch.x, bb_grad=False).embedding
+            embedding = teacher(batch.x, bb_grad=False, feature=batch.feature).embedding
         return ss_loss_and_log(embedding)
 
     return loss_of
@@ -161,7 +163,8 @@ def ss_loss_and_log(embedding: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
 def ss_test_features(teacher: Wrapper, images: cifar.Images, autocast: Callable) -> list[Tensor]:
     """(4B, D) of each batch of the test set. The backbone is frozen, so once serves all epochs of the head."""
     with autocast():
-        return [teacher(batch.x).feature for batch in images.test_batches(VIEWS)]
+        batches = images.test_batches(VIEWS, features=True)
+        return [teacher(batch.x, feature=batch.feature).feature for batch in batches]
 
 
 @torch.no_grad()
@@ -192,7 +195,7 @@ def distil(args: Namespace, run: Run, teacher: Wrapper, data: Data, autocast: Ca
         if epoch == 1:
             views = next(train_set.batches("student", epoch, VIEWS)).x[: 8 * VIEWS]
             run.show(epoch, "views", utils.views_image(train_set.brightness(views), VIEWS))
-        batches = train_set.batches("student", epoch, VIEWS)
+        batches = train_set.batches("student", epoch, VIEWS, features=True)
         trained = utils.train_epoch(student, loss_of, batches, sgd, len(train_set), f"student epoch {epoch}")
         ce_loss, acc, top5 = utils.evaluate(student.backbone, test_set, autocast, f"test after student epoch {epoch}")
         tested = {"ce_loss": ce_loss, "cls_acc": acc, "cls_acc_top5": top5}
@@ -217,7 +220,7 @@ def make_loss(args: Namespace, teacher: Wrapper, student: Wrapper, autocast: Cal
     def loss_of(batch: cifar.Batch) -> tuple[Tensor, dict[str, Tensor]]:
         with autocast():
             with torch.no_grad():
-                t = teacher(batch.x)
+                t = teacher(batch.x, feature=batch.feature)
             s = student(batch.x)
         terms = sskd_terms(s.logits, t.logits, s.embedding, t.embedding, batch.target, **settings)
         loss = sum(weight * term for weight, term in zip(weights, terms, strict=True) if weight)

@@ -14,6 +14,17 @@ class Output(NamedTuple):
     feature: Tensor  # (N, D) of the backbone, from which both are made
 
 
+def classifier(backbone: nn.Module) -> nn.Linear:
+    """The layer that makes the logits of the last feature."""
+    return [module for module in backbone.modules() if isinstance(module, nn.Linear)][-1]
+
+
+def of_feature(classifier: nn.Linear, feature: Tensor) -> tuple[Tensor, Tensor]:
+    """A stored last feature (N, D) in the precision of the network again, and the logits (N, C) made of it."""
+    feature = feature.to(classifier.weight.dtype)
+    return feature, classifier(feature)
+
+
 class Wrapper(nn.Module):
     """Gives a network of the zoo an SS head: a two-layer projection of its last feature.
 
@@ -24,18 +35,24 @@ class Wrapper(nn.Module):
 
     def __init__(self, backbone: nn.Module):
         super().__init__()
-        width = [module for module in backbone.modules() if isinstance(module, nn.Linear)][-1].in_features
+        width = classifier(backbone).in_features
         self.backbone = backbone
         self.proj_head = nn.Sequential(nn.Linear(width, width), nn.ReLU(inplace=True), nn.Linear(width, width))
+        self._classifier = (classifier(backbone),)  # in a tuple: it is a part of the backbone, not another one
 
-    def forward(self, x: Tensor, bb_grad: bool = True) -> Output:
+    def forward(self, x: Tensor, bb_grad: bool = True, feature: Tensor | None = None) -> Output:
         """(N, 3, 32, 32) → logits, embedding, feature.
 
         With `bb_grad=False` no graph is built for the backbone: the gradient of the embedding stops at the SS head.
+        Where a stored `feature` (N, D) says what the backbone sees in x, only its classifier runs.
         """
         with torch.set_grad_enabled(bb_grad and torch.is_grad_enabled()):
-            features, logits = self.backbone(x, is_feat=True)
-        return Output(logits, self.proj_head(features[-1]), features[-1])
+            if feature is None:
+                features, logits = self.backbone(x, is_feat=True)
+                feature = features[-1]
+            else:
+                feature, logits = of_feature(*self._classifier, feature)
+        return Output(logits, self.proj_head(feature), feature)
 
 
 class _Asked(nn.Module):

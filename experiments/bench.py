@@ -1,6 +1,6 @@
 """How fast this repository is: against the published pipeline, in one run, on identical work.
 
-    python experiments/bench.py                                    # four pairs, under 15 minutes on 2 CPU cores
+    python experiments/bench.py                                    # four pairs, then all eleven: 40 minutes on 2 cores
     python experiments/bench.py --quick                            # the first pair alone, under 2 minutes
     python experiments/bench.py --amp bf16 --compile               # what half precision and torch.compile add
     python experiments/bench.py --pairs vgg13:vgg8 --json rows.json
@@ -16,18 +16,27 @@ each repetition, one idle while the other runs; a figure is the median.
     teacher_forward           the frozen teacher
     student_forward_backward  the student's network alone
     student_step              all of it: views, both networks, loss, update, meter
+    student_step_stored       the same here with `--t-features`, every view being known; published computes them
+    stored_share              student_step_stored ÷ student_step, both here
     overhead                  share of the step outside the two networks, timed beside it; noise may take it below 0
     peak_share                share of the machine's matrix-product rate that the step reaches: more is better
     ss_epoch                  an epoch of the SS head, scaled down: some training batches and a fifth as many test
                               images. Here it includes a 60th of what is done once for 60 epochs, the test features
     peak_memory               bytes that a step needs beyond those held before it, in a fresh process: allocated on
-                              the device (CUDA), else resident in memory (Linux' high-water mark)
+                              the device (CUDA), else resident in memory (Linux' high-water mark); pair memory, disk:
+                              with an epoch's features looked at and read before it (of disk, the mapped file counts)
+    features_read             reading an epoch's features, all of them known, from memory and from a warm file
+    read_share                that of the file, in an epoch of student_step_stored
+    ss_step, ss_step_stored   a training step of the SS head
+    look                      a view that is new to the table, in a batch of them
+    reproduction              the eleven published students after their five teachers: an estimate from these figures,
+                              see `reproduction`; stored_share: to the same with computed features
     batch_scaling             student_step per image, as the batch grows; here only, ratio = to the smallest batch
 
 `--json` writes rows {figure, pair, amp, published, here, ratio}: ratio = published ÷ here, null where here is below 0.
-`--amp` concerns "here" alone; without it the first pair's step is timed in bf16 too, where the device has bf16
-instructions. On a CPU the DataLoader has no workers, since the networks keep the cores busy; on a GPU it has the
-published four, but for `views`. CUDA times with events, ten repetitions at a time.
+`--amp` concerns "here" alone; without it steps are timed in bf16 too, where the device has bf16 instructions. On a CPU
+the DataLoader has no workers, since the networks keep the cores busy; on a GPU it has the published four, but for
+`views`. CUDA times with events, ten repetitions at a time.
 """
 
 import sys
@@ -68,11 +77,12 @@ import json
 import math
 import multiprocessing
 import re
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from itertools import chain, count, islice
 from typing import Any, NamedTuple
 
@@ -89,10 +99,12 @@ import utils
 from experiments import published
 from losses import VIEWS, sskd_terms
 from record import entry, write_atomically
+from teacher_store import TeacherCheckpoint, look_once
 from wrapper import Wrapper, fold_batch_norms
 
 CLASSES, STATISTICS = cifar.NUM_CLASSES["cifar100"], cifar.STATISTICS["cifar100"]
 FLAGS = ["--t-path", "unused", "--s-arch", "resnet8", "--lr", "0.01"]  # of student.py
+WINDOWS = len(cifar.windows()[1])  # the possible views of an image
 DTYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 THREADS = torch.get_num_threads()
 TABLE = "{:25} {:27} {:4} {:>14} {:>14} {:>8}"
@@ -144,6 +156,7 @@ def published_side(plan: Plan, pair: str) -> Side:
 
     return {
         "views": times(lambda: next(of_one_process)),
+        "ss_step": times(lambda: published.step(head_sgd, *published.ss_head_loss(teacher, next(batches)[0]))),
         "teacher_forward": times(lambda: teacher(x)),
         "student_forward_backward": times(lambda: backward(network, network(x))),
         "student_step": times(lambda: published.step(sgd, *published.loss(teacher, network, *next(batches)))),
@@ -165,14 +178,21 @@ def here_side(plan: Plan, pair: str) -> Side:
     head_sgd = utils.SGD(head.parameters(), args.t_lr, args.t_milestones, args)
     sizes = (plan.images, plan.ss_test_images)
     train_set, test_set = (cifar.Images(*noise(size), STATISTICS, plan.device, plan.batch) for size in sizes)
-    batches = chain.from_iterable(train_set.batches("bench", epoch, VIEWS) for epoch in count())
+
+    def epochs(features: bool) -> Iterator[cifar.Batch]:
+        return chain.from_iterable(train_set.batches("bench", epoch, VIEWS, features) for epoch in count())
+
+    batches, stored = epochs(features=False), epochs(features=True)
     x = next(batches).x
+    some = teacher(x).feature.half().unflatten(0, (-1, VIEWS))
+    train_set.features = lambda rows, window: some[rows % len(some)]  # reading them has a figure of its own
+    looks = Looks(plan, teacher, autocast)
     teacher_forward = torch.inference_mode()(autocast()(compiled(teacher.forward)))
     student_forward = autocast()(compiled(network.forward))
     test_features = partial(student.ss_test_features, teacher, test_set, autocast)
     once_for_all_epochs = cache(test_features)
 
-    def train(module: nn.Module, loss_of: Callable, sgd: utils.SGD, steps: int) -> None:
+    def train(module: nn.Module, loss_of: Callable, sgd: utils.SGD, steps: int, batches: Iterator = batches) -> None:
         """An epoch of so many steps."""
         utils.train_epoch(module, loss_of, islice(batches, steps), sgd, steps * plan.batch, "bench")
 
@@ -185,6 +205,12 @@ def here_side(plan: Plan, pair: str) -> Side:
         "teacher_forward": times(lambda: teacher_forward(x)),
         "student_forward_backward": times(lambda: backward(network, student_forward(x))),
         "student_step": partial(train, network, loss_of, sgd),
+        "student_step_stored": partial(train, network, loss_of, sgd, batches=stored),
+        "ss_step": partial(train, head, ss_loss_of, head_sgd),
+        "ss_step_stored": partial(train, head, ss_loss_of, head_sgd, batches=stored),
+        "look": times(looks.at_new_views),
+        "features_read memory": times(partial(looks.read, "memory")),
+        "features_read disk": times(partial(looks.read, "disk")),
         "ss_epoch": times(ss_epoch),
         "ss_features": times(test_features),
     } | computed(plan, (teacher, network), compiled(sskd_terms), teacher_graph=False)
@@ -204,6 +230,55 @@ def check_pair(pair: str) -> None:
     for name, expected in published.read(theirs).items():
         if not math.isclose(ours[name], expected, rel_tol=1e-6):
             raise utils.Fault(f"{pair}: {name} is {ours[name]:.6g} here and {expected:.6g} published: unequal work")
+
+
+class Pixels(nn.Module):
+    """A teacher that takes no time: its features are an image's first numbers."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.fc = nn.Linear(width, CLASSES)
+
+    def forward(self, x: Tensor) -> tuple[list[Tensor], None]:
+        return [x.flatten(1)[:, : self.fc.in_features]], None
+
+
+class Looks:
+    """The teacher's table of features."""
+
+    def __init__(self, plan: Plan, teacher: Wrapper, autocast: Callable):
+        self.plan, self.teacher, self.autocast = plan, teacher, autocast
+        self.windows = count()
+
+    def opened(self, where: str, backbone: nn.Module, images: int) -> Callable:
+        """The features of so many images, of which none is known. A file is open, but out of its folder again."""
+        split = cifar.Images(*noise(images), STATISTICS, self.plan.device)
+        args = student.parse_args([*FLAGS, "--amp", self.plan.amp, "--t-features", where])
+        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
+            checkpoint = TeacherCheckpoint(Path(folder, "best.pth"), "bench", backbone, "bench")
+            look_once(args, checkpoint, backbone, self.autocast, train=split)
+        return split.features
+
+    @cached_property
+    def new(self) -> Callable:
+        return self.opened("memory", self.teacher.backbone, 1024)
+
+    def at_new_views(self) -> None:
+        """Looks at one batch of them."""
+        rows = torch.arange(self.new.batch, device=self.plan.device)
+        self.new(rows, torch.full_like(rows, next(self.windows) % WINDOWS).unsqueeze(1))
+
+    @cached_property
+    def epoch(self) -> cifar.Draws:
+        draws = cifar.draw(self.plan.images, VIEWS, 0, "bench", 1)
+        return cifar.Draws(*(x.to(self.plan.device) for x in draws))
+
+    def read(self, where: str) -> None:
+        """Reads an epoch's features; the first time, looks at them."""
+        if where not in vars(self):
+            width = self.teacher.proj_head[0].in_features
+            setattr(self, where, self.opened(where, Pixels(width).to(self.plan.device), self.plan.images))
+        getattr(self, where)(*self.epoch)
 
 
 # ------------------------------------------------------------------------------------------------------ what both need
@@ -295,13 +370,14 @@ def clock(side: Callable, plan: Plan, pair: str, figure: str) -> float:
     return (time.perf_counter() - began) / number
 
 
-def peak_memory(side: Callable, plan: Plan, pair: str) -> float:
-    """Bytes that a student step needs beyond those held before it. Wants a process of its own."""
-    plan = plan._replace(images=2 * plan.batch, compile=False)  # a compiler's own memory is not the step's
-    small, full = (side(plan._replace(batch=batch), pair)["student_step"] for batch in (2, plan.batch))
-    small(1)  # loads the code of the kernels
+def peak_memory(side: Callable, plan: Plan, pair: str, *figures: str) -> float:
+    """Bytes that `figures` need one after the other beyond those held before. Wants a process of its own."""
+    plan = plan._replace(compile=False)  # a compiler's own memory is not the step's
+    small, full = (side(plan._replace(batch=batch), pair) for batch in (2, plan.batch))
+    small["student_step"](1)  # loads the code of the kernels
     before = memory(plan.device, "VmRSS")
-    full(1)
+    for figure in figures:
+        full[figure](1)
     return memory(plan.device, "VmHWM") - before
 
 
@@ -356,15 +432,16 @@ median = partial(np.median, axis=-1)  # over the repetitions
 
 def row(figure: str, pair: str, amp: str, theirs: float | None, ours: float, ratio: float | None = None) -> dict:
     """One row, printed as soon as it is measured."""
-    ratio = theirs / ours if ratio is None and ours > 0 else ratio
-    unit = {"overhead": "{:.1%}", "peak_share": "{:.1%}", "peak_memory": "{:,.0f} B"}.get(figure, "{:,.5f} s")
+    ratio = theirs / ours if ratio is None and theirs is not None and ours > 0 else ratio
+    unit = "{:.1%}" if figure == "overhead" or figure.endswith("share") else "{:,.5f} s"
+    unit = "{:,.0f} B" if figure == "peak_memory" else unit
     shown = ("" if x is None else form.format(x) for form, x in ((unit, theirs), (unit, ours), ("{:.2f}", ratio)))
     print(TABLE.format(figure, pair, amp, *shown), flush=True)
     return {"figure": figure, "pair": pair, "amp": amp, "published": theirs, "here": ours, "ratio": ratio}
 
 
 def pair_rows(plan: Plan, pair: str, first: bool) -> Iterator[dict]:
-    """All figures of one pair; of the first also the loss at other widths, and the step in bf16."""
+    """All figures of one pair; of the first also the loss at other widths, and what reads the table of features."""
     check_pair(pair)
     amp = plan.amp
     with process(plan.device) as theirs, process(plan.device) as ours:
@@ -378,16 +455,14 @@ def pair_rows(plan: Plan, pair: str, first: bool) -> Iterator[dict]:
             yield row(name, width or pair, amp, *median(time_all(plan, clocks(figure), 0.1)))
 
         # the product in the same rounds: what slows the machine slows both
-        calls = clocks("teacher_forward", "student_forward_backward", "student_step", "product")
-        if first and amp == "off" and has_bf16(plan.device):
-            calls.append(partial(ours, clock, here_side, plan._replace(amp="bf16"), pair, "student_step"))
-        seconds = time_all(plan, calls)
-        teacher, network, step, product = seconds[:8].reshape(4, 2, -1)  # each 2 sides × repetitions
+        calls = clocks("teacher_forward", "student_forward_backward", "product")
+        seconds = time_all(plan, [*calls, *step_clocks(plan, pair, theirs, ours)])
+        teacher, network, product = seconds[:6].reshape(3, 2, -1)  # each 2 sides × repetitions
+        step = seconds[6:8]
         yield row("teacher_forward", pair, amp, *median(teacher))
         yield row("student_forward_backward", pair, amp, *median(network))
-        yield row("student_step", pair, amp, *median(step))
-        for in_bf16 in seconds[8:]:
-            yield row("student_step", pair, "bf16", median(step)[0], median(in_bf16))
+        steps = list(step_rows(plan, pair, seconds[6:]))
+        yield from steps
         yield row("overhead", pair, amp, *median(1 - (teacher + network) / step))
         products = step_flops(plan, pair) / (2 * plan.side**3)
         yield row("peak_share", pair, amp, *products * median(product) / median(step))
@@ -398,7 +473,116 @@ def pair_rows(plan: Plan, pair: str, first: bool) -> Iterator[dict]:
     if plan.device.type == "cuda" or Path("/proc/self/status").exists():
         with process(plan.device) as theirs, process(plan.device) as ours:
             sides = (theirs, published_side), (ours, here_side)
-            yield row("peak_memory", pair, amp, *(call(peak_memory, side, plan, pair) for call, side in sides))
+            few = plan._replace(images=2 * plan.batch)
+            calls = [partial(call, peak_memory, side, few, pair) for call, side in sides]
+            yield row("peak_memory", pair, amp, *(call("student_step") for call in calls))
+    if first:
+        yield from table_rows(plan, pair, steps)
+
+
+def step_clocks(plan: Plan, pair: str, theirs: Callable, ours: Callable) -> list[Callable[[], float]]:
+    """Of the published student step, and of those here with features computed and stored, in each precision."""
+    here = [
+        (plan._replace(amp=amp), figure) for amp in amps(plan) for figure in ("student_step", "student_step_stored")
+    ]
+    published_step = partial(theirs, clock, published_side, plan, pair, "student_step")
+    return [published_step, *(partial(ours, clock, here_side, each, pair, figure) for each, figure in here)]
+
+
+def step_rows(plan: Plan, pair: str, seconds: np.ndarray) -> Iterator[dict]:
+    """What the `step_clocks` gave."""
+    theirs, *here = median(seconds)
+    for amp, computed, stored in zip(amps(plan), here[::2], here[1::2], strict=True):
+        yield row("student_step", pair, amp, theirs, computed)
+        yield row("student_step_stored", pair, amp, theirs, stored)
+        yield row("stored_share", pair, amp, None, stored / computed)
+
+
+def table_rows(plan: Plan, pair: str, steps: list[dict]) -> Iterator[dict]:
+    """Reading an epoch's features, beside the epoch's steps; the memory that it takes."""
+    stored = next(each["here"] for each in steps if each["figure"] == "student_step_stored")
+    with process(plan.device) as ours:
+        figures = "features_read memory", "features_read disk"
+        memory, disk = median(time_all(plan, [partial(ours, clock, here_side, plan, pair, each) for each in figures]))
+    yield row("features_read", f"{pair} memory", plan.amp, None, memory)
+    yield row("features_read", f"{pair} disk", plan.amp, None, disk)
+    yield row("read_share", pair, plan.amp, None, disk / (stored * plan.images / plan.batch))
+    for where in ("memory", "disk"):
+        if plan.device.type == "cuda" or Path("/proc/self/status").exists():
+            with process(plan.device) as ours:
+                asked = f"features_read {where}", "student_step_stored"
+                peak = ours(peak_memory, here_side, plan, pair, *asked)
+            yield row("peak_memory", f"{pair} {where}", plan.amp, None, peak)
+
+
+def reproduction_rows(plan: Plan, measured: list[dict]) -> Iterator[dict]:
+    """The estimate, and those of its parts that are not among the rows `measured`."""
+    parts = {(each["figure"], each["pair"], each["amp"]): each for each in measured}
+    pairs = published_pairs()
+    for pair in pairs:
+        rows = []
+        with process(plan.device) as theirs, process(plan.device) as ours:
+            if ("student_step_stored", pair, plan.amp) not in parts:
+                rows += step_rows(plan, pair, time_all(plan, step_clocks(plan, pair, theirs, ours), 0.25))
+            if pair in of_teachers(pairs).values():
+                rows += teacher_rows(plan, pair, theirs, ours)
+        parts |= {(each["figure"], each["pair"], each["amp"]): each for each in rows}
+        yield from rows
+    for amp in amps(plan):
+        figures = {(figure, pair): each for (figure, pair, in_amp), each in parts.items() if in_amp == amp}
+        theirs, computed, stored = reproduction(plan, pairs, figures)
+        yield row("reproduction", f"{len(pairs)} students", amp, theirs, stored)
+        yield row("stored_share", "reproduction", amp, None, stored / computed)
+
+
+def teacher_rows(plan: Plan, pair: str, theirs: Callable, ours: Callable) -> Iterator[dict]:
+    """A step of the SS head, and looking at a view."""
+    calls = [partial(theirs, clock, published_side, plan, pair, "ss_step")]
+    for amp in amps(plan):
+        here = partial(ours, clock, here_side, plan._replace(amp=amp), pair)
+        calls += [partial(here, figure) for figure in ("ss_step", "ss_step_stored", "look")]
+    published_step, *here = median(time_all(plan, calls, 0.25))
+    views = 1024 if plan.device.type == "cuda" else 64
+    for amp, computed, stored, look in zip(amps(plan), here[::3], here[1::3], here[2::3], strict=True):
+        yield row("ss_step", pair, amp, published_step, computed)
+        yield row("ss_step_stored", pair, amp, published_step, stored)
+        yield row("look", pair, amp, None, look / views)
+
+
+def reproduction(plan: Plan, pairs: list[str], rows: dict[tuple[str, str], dict]) -> tuple[float, float, float]:
+    """Seconds of the published students after their teachers, tests left out: published, here computed, here stored.
+
+    The published code trains an SS head for each student, this one for each teacher. The table of a teacher is asked
+    for the views of its SS head's epochs and of a student's, which are the same for all students of one seed.
+    """
+    args = student.parse_args(FLAGS)
+    steps = math.ceil(50_000 / plan.batch)
+    windows = WINDOWS / VIEWS  # of a view of given rotation, each as likely as any other
+    views = WINDOWS * (1 - (1 - 1 / windows) ** (args.t_epoch + args.epoch))  # that are asked for, of an image
+    theirs = computed = stored = 0.0
+    teachers = of_teachers(pairs)
+    for pair in pairs:
+        head, step = rows["ss_step", teachers[pair.split(":")[0]]], rows["student_step", pair]
+        theirs += steps * (args.t_epoch * head["published"] + args.epoch * step["published"])
+        computed += steps * args.epoch * step["here"]
+        stored += steps * args.epoch * rows["student_step_stored", pair]["here"]
+    for pair in teachers.values():
+        computed += steps * args.t_epoch * rows["ss_step", pair]["here"]
+        stored += (
+            steps * args.t_epoch * rows["ss_step_stored", pair]["here"] + 50_000 * views * rows["look", pair]["here"]
+        )
+    return theirs, computed, stored
+
+
+def of_teachers(pairs: list[str]) -> dict[str, str]:
+    """Each teacher with the first pair of its own."""
+    return {pair.split(":")[0]: pair for pair in reversed(pairs)}
+
+
+def published_pairs() -> list[str]:
+    """The eleven of the published tables."""
+    tables = json.loads(Path(__file__).with_name("published_results.json").read_text())
+    return [":".join(pair) for name in ("similar", "cross") for pair in tables[name]["pairs"]]
 
 
 def batch_rows(plan: Plan, pair: str) -> Iterator[dict]:
@@ -408,6 +592,11 @@ def batch_rows(plan: Plan, pair: str) -> Iterator[dict]:
     per_image = median(seconds) / plan.batches
     for batch, each in zip(plan.batches, per_image, strict=True):
         yield row("batch_scaling", f"{pair} B{batch}", plan.amp, None, each, each / per_image[0])
+
+
+def amps(plan: Plan) -> list[str]:
+    """The precisions in which steps are timed here."""
+    return ["off", "bf16"] if plan.amp == "off" and has_bf16(plan.device) else [plan.amp]
 
 
 def has_bf16(device: torch.device) -> bool:
@@ -431,6 +620,8 @@ def main(argv: list[str] | None = None) -> None:
     print(TABLE.format("figure", "pair", "amp", "published", "here", "ratio"))
     rows = [each for pair in pairs for each in pair_rows(plan, pair, first=pair == pairs[0])]
     rows += batch_rows(plan, pairs[0])
+    if not args.quick:
+        rows += reproduction_rows(plan, rows)
     if args.json:
         write_atomically(args.json, (json.dumps(rows, indent=1) + "\n").encode())
 

@@ -102,7 +102,7 @@ def entries():
 # Finished runs, written without training them.
 LOW_RATE = ("MobileNetV2", "ShuffleV1", "ShuffleV2")
 NO_MATTER = {"gpu_id", "data_root", "data_url", "experiments", "overwrite", "evaluate", "export"}
-NO_MATTER |= {"t_path", "t_arch", "s_path"}  # a student's config.json has the teacher's fingerprint
+NO_MATTER |= {"t_path", "t_arch", "s_path", "t_features"}  # a student's config.json has the teacher's fingerprint
 START = {"command": ["-"], "commit": "0123456789ab", "python": "3.11.7", "torch": "2.14.1", "device": "cpu (x86_64)"}
 START |= {"threads": 1, "started": "2026-01-02T03:04:05+00:00"}
 

@@ -141,6 +141,34 @@ def test_fts_main_phase_leaves_the_paraphraser_alone(flags, monkeypatch, tmp_pat
     assert same(before, after) == {name for name in before if name.startswith("paraphraser.")}
 
 
+VECTORS = ("kd", "rkd", "pkt", "crd", "dkd", "ls")
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in VECTORS])
+def test_methods_that_ask_for_maps_do_not_go_with_stored_features(method, flags, fails):
+    assert "asks for maps, which are not stored" in fails(baseline.main, *flags(method, "--t-features", "disk"))
+
+
+@pytest.mark.parametrize("method", VECTORS)
+def test_stored_features_give_the_losses_of_computed_ones(method, flags, monkeypatch):
+    """Up to the rounding to float16, and without the teacher's backbone."""
+    got = []
+
+    def first_batch(module, loss_of, batches, *args):
+        batch = next(batches)
+        got.append((loss_of(batch)[1], batch.feature))
+        raise utils.Fault("enough")
+
+    monkeypatch.setattr(utils, "train_epoch", first_batch)
+    for where in ("compute", "memory"):
+        assert end_of(baseline.main, flags(method, "--t-features", where, "--overwrite")) == 1
+    (computed, none), (stored, feature) = got
+    assert none is None
+    assert feature.shape == (4, 64)
+    for name in computed:
+        assert stored[name].item() == pytest.approx(computed[name].item(), rel=2e-3), name
+
+
 def stop_at(step, monkeypatch):
     """Lets a run fail before its update number `step`."""
     updates = iter(range(1, 10**9))

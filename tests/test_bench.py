@@ -54,20 +54,44 @@ def test_steps_here_are_those_of_an_epoch_of_the_entries(monkeypatch):
 def test_a_run_writes_every_figure_as_a_row(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(bench, "ProcessPoolExecutor", lambda *args, **kwargs: ThreadPoolExecutor(1))
     monkeypatch.setattr(bench, "Plan", lambda *args, **kwargs: TINY)
+    monkeypatch.setattr(bench, "amps", lambda plan: ["off"])
+    monkeypatch.setattr(bench, "published_pairs", lambda: [PAIR, "resnet8:resnet14x05"])
     bench.main(["--pairs", PAIR, "--device", "cpu", "--json", str(tmp_path / "rows.json")])
     rows = json.loads((tmp_path / "rows.json").read_text())
     for row in rows:
         assert list(row) == ["figure", "pair", "amp", "published", "here", "ratio"]
         assert isinstance(row["here"], float)
-        if row["figure"] not in ("batch_scaling", "overhead") and row["here"] > 0:
+        if row["figure"] not in ("batch_scaling", "overhead") and row["published"] is not None and row["here"] > 0:
             assert row["ratio"] == pytest.approx(row["published"] / row["here"])
     found = {(row["figure"], row["pair"], row["amp"]) for row in rows}
-    figures = "views loss teacher_forward student_forward_backward student_step overhead peak_share ss_epoch"
+    figures = "views loss teacher_forward student_forward_backward student_step overhead peak_share ss_epoch "
+    figures += "student_step_stored stored_share ss_step ss_step_stored look read_share"
     assert {(figure, PAIR, "off") for figure in [*figures.split(), "peak_memory"]} <= found
+    assert {
+        (figure, f"{PAIR} {where}", "off")
+        for figure in ("features_read", "peak_memory")
+        for where in ("memory", "disk")
+    } <= found
+    assert {("reproduction", "2 students", "off"), ("stored_share", "reproduction", "off")} <= found
     assert {("loss", "D8", "off"), ("batch_scaling", f"{PAIR} B4", "off")} <= found
     printed = capsys.readouterr().out
     assert "threads, PyTorch" in printed
+    assert not [file for file in tmp_path.iterdir() if file.name != "rows.json"]
     assert len(printed.splitlines()) == 2 + len(rows)
+
+
+def test_the_estimate_adds_up_what_the_published_students_ask_for():
+    pairs = ["a:b", "a:c", "d:b"]
+    rows = {("student_step", pair): {"published": 1e3, "here": 1e2} for pair in pairs}
+    rows |= {("student_step_stored", pair): {"here": 10} for pair in pairs}
+    rows |= {("ss_step", pair): {"published": 1e6, "here": 1e5} for pair in ("a:b", "d:b")}
+    rows |= {("ss_step_stored", pair): {"here": 1e4} for pair in ("a:b", "d:b")}
+    rows |= {("look", pair): {"here": 1.0} for pair in ("a:b", "d:b")}
+    theirs, computed, stored = bench.reproduction(bench.Plan(torch.device("cpu")), pairs, rows)
+    steps, looked = 782, 2 * 50_000 * 546.9  # of 64 images an epoch; 547 of 648 views in 300 epochs
+    assert theirs == steps * 3 * (60 * 1e6 + 240 * 1e3)
+    assert computed == steps * (3 * 240 * 1e2 + 2 * 60 * 1e5)
+    assert stored == pytest.approx(steps * (3 * 240 * 10 + 2 * 60 * 1e4) + looked, rel=1e-4)
 
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])

@@ -122,6 +122,9 @@ def test_the_step_runs_on_cuda_without_asking_the_device(t_arch, s_arch):
             loss, logged = loss_of(batch)
             meter.add(len(rows), loss, logged)
             ss_loss, _ = ss_loss_of(batch)
+            stored = batch._replace(feature=torch.zeros(32, teacher.proj_head[0].in_features, dtype=torch.float16))
+            loss_of(stored)
+            ss_loss_of(stored)
         assert not seen.names
         assert batch.x.shape == (32, 3, 32, 32)
         assert {loss.device.type, ss_loss.device.type, meter.total.device.type} == {"cuda"}
@@ -170,9 +173,24 @@ def test_the_loss_with_both_networks_compiles_to_one_graph():
     args = student.parse_args(["--t-path", "unused", "--s-arch", "ShuffleV2"])
     loss_of = student.make_loss(args, fold_batch_norms(teacher), network, FULL)
     batch = cifar.Batch(torch.randn(8, 3, 32, 32), torch.tensor([3, 5]), torch.arange(2), torch.zeros(2, 4).long())
-    loss, _ = torch.compile(loss_of, fullgraph=True, backend="eager")(batch)
+    step = torch.compile(loss_of, fullgraph=True, backend="eager")
+    step(batch._replace(feature=torch.randn(8, 64).half()))
+    loss, _ = step(batch)
     loss.backward()
     assert network.backbone.conv1.weight.grad.abs().sum() > 0
+
+
+def test_features_rounded_to_float16_move_the_loss_by_little_and_spare_the_backbone(monkeypatch):
+    case = GOLDEN["student_trajectory"]
+    batch = batch_of(*trajectory_batch(case))
+    teacher = fold_batch_norms(warm_teacher(case, batch.x))
+    network = fill(Wrapper(models.model_dict[case["student"]]()).double(), case["student_fill_base"])
+    args = student.parse_args(["--t-path", "unused", "--s-arch", case["student"]])
+    loss_of, ss_loss_of = student.make_loss(args, teacher, network.eval(), FULL), student.make_ss_loss(teacher, FULL)
+    expected = [loss_of(batch)[0].item(), ss_loss_of(batch)[0].item()]
+    batch = batch._replace(feature=teacher(batch.x).feature.half())
+    monkeypatch.setattr(teacher.backbone, "forward", None)
+    assert [loss_of(batch)[0].item(), ss_loss_of(batch)[0].item()] == pytest.approx(expected, rel=1e-4)
 
 
 def test_a_run_leaves_what_the_design_promises(runs):

@@ -1,19 +1,31 @@
-"""teacher_store.py: an SS head is read by later students, and nothing of a damaged or another one is taken."""
+"""teacher_store.py: SS head and features are found by later students, and nothing damaged or of another is taken."""
 
+import errno
 import io
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from conftest import SHORT, TINY_STUDENT, contents
+from conftest import ROOT, SHORT, TINY_STUDENT, contents, end_of, run_script
+from torch import nn
 
 import baseline
+import cifar
 import models
 import record
 import student
-from teacher_store import SSHeadFile, TeacherCheckpoint, doubt_about
+import teacher_store
+import utils
+from flags import UserError
+from teacher_store import SSHeadFile, TeacherCheckpoint, doubt_about, look_once
 from wrapper import Wrapper
 
 
@@ -188,3 +200,335 @@ def test_a_teacher_that_is_hardly_the_one_meant_is_warned_of_in_one_line(about, 
 def test_a_teacher_that_cannot_be_right_is_refused_and_nothing_is_written(about, reason, distil_from, tmp_path, fails):
     assert reason in fails(baseline.main, *distil_from(**about))
     assert not (tmp_path / "runs").exists()
+
+
+# ------------------------------------------------------------------------------------------------------ the features
+
+
+class Eyes(nn.Module):
+    """A teacher whose two features of an image are the brightness of its corners; notes what it has looked at."""
+
+    width, scale = 2, 1.0
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(self.width, 3)
+        self.seen = []
+
+    def forward(self, x, is_feat=True):
+        self.seen.append(x)
+        feature = torch.stack([x[..., :3, :3].mean((1, 2, 3)), x[..., -3:, -3:].mean((1, 2, 3))], 1) * self.scale
+        return [feature], self.fc(feature)
+
+
+def split_of(count=6, kept=slice(None), seed=0):
+    """Some images of a split of `count`."""
+    pixels, labels = cifar.synthetic(True, count)
+    index = torch.arange(count)[kept]
+    return cifar.Images(pixels[index], labels[index], cifar.STATISTICS["synthetic"], "cpu", 4, seed, index)
+
+
+def opened(where, images, folder, *flags, eyes=None, teacher="teacher"):
+    """`images` with the features of a table, and the teacher that looks at them."""
+    args = student.parse_args(["--t-path", "unused", *TINY_STUDENT, "--t-features", where, *flags])
+    eyes, autocast = eyes or Eyes(), utils.precision("off", torch.device("cpu"))
+    look_once(args, TeacherCheckpoint(folder / "best.pth", "folder", None, teacher), eyes, autocast, train=images)
+    return images.features, eyes
+
+
+def asked(images, epoch=1):
+    """What a student's epoch asks for, and the right answer."""
+    draws = cifar.draw(len(images), 4, images.seed, "student", epoch)
+    feature = Eyes()(images.views(draws.order, draws.window))[0][0]
+    return draws.order, draws.window, feature.half().view(len(images), 4, 2)
+
+
+def file_in(folder):
+    (file,) = folder.glob("features_*.bin")
+    return file
+
+
+def test_features_are_those_of_the_backbone_and_looked_at_once(tmp_path):
+    images = split_of(20)
+    for where in ("memory", "disk"):
+        features, eyes = opened(where, images, tmp_path)
+        for epoch in (1, 2, 1):
+            rows, window, expected = asked(images, epoch)
+            assert torch.equal(features(rows, window), expected)
+        looked = torch.cat(eyes.seen)
+        assert {len(x) for x in eyes.seen} == {64}  # one static shape
+        assert len(looked) == 2 * 128  # 80 views an epoch, and none again in the third
+    features, eyes = opened("disk", images, tmp_path)
+    assert torch.equal(features(*asked(images)[:2]), asked(images)[2])
+    assert not eyes.seen
+
+
+def test_batches_bring_the_features_of_their_own_views(tmp_path):
+    images = split_of(6)
+    opened("disk", images, tmp_path)
+    for batches in (images.batches("student", 1, 4, features=True), images.batches("student", 2, 1, features=True)):
+        batches = list(batches)
+        assert [len(batch.target) for batch in batches] == [4, 2]
+        for batch in batches:
+            assert torch.equal(batch.feature, Eyes()(batch.x)[0][0].half())
+    assert all(batch.feature is None for batch in images.batches("student", 1, 4))
+
+
+def test_the_test_split_has_a_table_of_its_own_with_four_windows_an_image(tmp_path):
+    train, test = split_of(5), split_of(5)
+    args = student.parse_args(["--t-path", "unused", *TINY_STUDENT, "--t-features", "disk"])
+    checkpoint = TeacherCheckpoint(tmp_path / "best.pth", "folder", None, "teacher")
+    autocast = utils.precision("off", torch.device("cpu"))
+    look_once(args, checkpoint, Eyes(), autocast, train=train, test=test)
+    entry = 2 * (2 + 4)  # two features and the checksum
+    assert sorted(file.stat().st_size for file in tmp_path.glob("*.bin")) == [5 * 4 * entry, 5 * 648 * entry]
+    (batch, *_) = test.test_batches(4, features=True)
+    assert torch.equal(batch.feature, Eyes()(batch.x)[0][0].half())
+
+
+def test_students_of_other_images_seeds_and_labels_share_the_table(tmp_path):
+    features, eyes = opened("disk", split_of(6, slice(2, 5)), tmp_path)  # before the whole split, so the file grows
+    few = split_of(6, slice(2, 5))
+    features(*asked(few)[:2])
+    rows, window, expected = asked(split_of(6))
+    whole, later = opened("disk", split_of(6), tmp_path)
+    again = [int(row) in (2, 3, 4) for row in rows]
+    whole(rows[again], torch.stack([asked(few)[1][asked(few)[0] == row - 2][0] for row in rows[again]]))
+    assert not later.seen  # known from the few
+    assert torch.equal(whole(rows, window), expected)
+    noisy = split_of(6, seed=1)
+    noisy.labels = noisy.labels.flip(0)
+    features, last = opened("disk", noisy, tmp_path, "--seed", "1", "--label-noise", "0.3", "--few-shot", "0.5")
+    assert torch.equal(features(rows, window), expected)
+    assert not last.seen
+    file_in(tmp_path)
+
+
+def test_another_teacher_precision_or_data_set_has_another_table(tmp_path):
+    opened("disk", split_of(), tmp_path)
+    opened("disk", split_of(), tmp_path, teacher="another")
+    for flags in (["--amp", "bf16"], ["--dataset", "cifar10"], ["--deterministic"]):
+        opened("disk", split_of(), tmp_path, *flags)
+    assert len(list(tmp_path.glob("features_*.bin"))) == 5
+
+
+def damaged(kind, content, folder):
+    """The bytes of a table of 6 images with something wrong with it."""
+    words = np.frombuffer(content, np.int16).reshape(-1, 6).copy()
+    known = words.any(1).nonzero()[0]
+    if kind == "truncated":
+        return content[: len(content) // 2 + 5]
+    if kind == "empty":
+        return b""
+    if kind == "longer":
+        return content + b"more"
+    if kind == "noise":
+        return np.random.default_rng(0).integers(-(2**15), 2**15, words.shape, np.int16).tobytes()
+    if kind == "all ones":
+        return np.full_like(words, -1).tobytes()
+    if kind == "two entries exchanged":
+        words[known[:2]] = words[known[1::-1]]
+    elif kind == "no checksums":
+        words[:, 2:] = 0
+    elif kind == "no features":
+        words[:, :2] = 0
+    elif kind == "signs":  # of both features
+        words[:, :2] ^= np.int16(-(2**15))
+    elif kind == "of another teacher":
+        opened("disk", split_of(), folder, teacher="another")[0](*asked(split_of())[:2])
+        return next(file for file in folder.glob("*.bin") if file.read_bytes() != content).read_bytes()
+    elif kind == "of other images":
+        other = split_of()
+        other.pixels = other.pixels.flip(0)
+        (folder / "other").mkdir()
+        opened("disk", other, folder / "other")[0](*asked(split_of())[:2])
+        return file_in(folder / "other").read_bytes()
+    return words.tobytes()
+
+
+KINDS = ["truncated", "empty", "longer", "noise", "all ones", "two entries exchanged", "no checksums", "no features"]
+KINDS += ["signs", "of another teacher", "of other images", "copied without its holes"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_wrong_is_read_from_a_damaged_table(kind, tmp_path):
+    images = split_of()
+    rows, window, expected = asked(images)
+    opened("disk", images, tmp_path)[0](rows, window)
+    file = file_in(tmp_path)
+    spoilt = damaged(kind, file.read_bytes(), tmp_path)
+    file.unlink()
+    file.write_bytes(spoilt)
+    features, eyes = opened("disk", images, tmp_path)
+    assert torch.equal(features(rows, window), expected)
+    assert bool(eyes.seen) == (kind not in ("longer", "copied without its holes"))
+    features, eyes = opened("disk", images, tmp_path)
+    assert torch.equal(features(rows, window), expected)
+    assert not eyes.seen
+
+
+def test_every_changed_bit_of_an_entry_is_noticed_and_told(tmp_path, capsys):
+    images = split_of(1)
+    rows, window, expected = asked(images)
+    opened("disk", images, tmp_path)[0](rows, window)
+    file = file_in(tmp_path)
+    good = file.read_bytes()
+    first = np.frombuffer(good, np.int16).reshape(-1, 6).any(1).nonzero()[0][0] * 12
+    features, eyes = opened("disk", images, tmp_path)
+    for bit in range(8 * 12):
+        capsys.readouterr()
+        with open(file, "r+b") as opened_file:
+            opened_file.seek(first + bit // 8)
+            opened_file.write(bytes([good[first + bit // 8] ^ 1 << bit % 8]))
+        assert torch.equal(features(rows, window), expected)
+        assert (len(eyes.seen), file.read_bytes()) == (bit + 1, good)
+        assert f"1 entries of {file} are damaged" in capsys.readouterr().out
+
+
+def test_two_that_look_at_once_see_each_others_entries(tmp_path):
+    images = split_of()
+    (first, _), (second, eyes) = opened("disk", split_of(), tmp_path), opened("disk", images, tmp_path)
+    rows, window, expected = asked(images)
+    first(rows, window)
+    assert torch.equal(second(rows, window), expected)
+    assert not eyes.seen
+    both = [asked(images, epoch) for epoch in range(2, 40)]
+    with ThreadPoolExecutor(2) as pool:
+        for answers in pool.map(lambda features: [features(*of[:2]) for of in both], (first, second)):
+            assert all(torch.equal(*pair) for pair in zip(answers, (of[2] for of in both), strict=True))
+
+
+@pytest.mark.parametrize("how", ["an error", "half an entry"])
+def test_a_disk_that_fills_ends_in_a_fault_and_what_is_there_stays_right(how, tmp_path, monkeypatch):
+    images, pwrite, calls = split_of(), os.pwrite, []
+    features, eyes = opened("disk", images, tmp_path)
+    rows, window, expected = asked(images)
+
+    def full(file, content, place):
+        calls.append(place)
+        if len(calls) == 7:
+            if how == "an error":
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return pwrite(file, bytes(content)[:5], place)
+        return pwrite(file, content, place)
+
+    with monkeypatch.context() as patch, pytest.raises(utils.Fault, match="No space left on device"):
+        patch.setattr(os, "pwrite", full)
+        features(rows, window)
+    features, eyes = opened("disk", images, tmp_path)
+    assert torch.equal(features(rows, window), expected)
+    assert len(torch.unique(torch.cat(eyes.seen).flatten(1), dim=0)) == 24 - 6
+
+
+def test_too_little_space_is_told_with_the_size_before_anything_is_written(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=46_000))
+    with pytest.raises(UserError, match=r"will grow by 0\.047 MB, and 0\.046 MB are free"):
+        opened("disk", split_of(), tmp_path)  # 6 · 648 · 12 bytes
+    assert not list(tmp_path.iterdir())
+    opened("disk", split_of(6, slice(1, 6)), tmp_path)  # only what these images can add counts
+    monkeypatch.setattr(teacher_store, "_available_memory", lambda: 60_000)
+    with pytest.raises(UserError, match=r"the features take 0\.047 MB, .* 0\.06 MB"):
+        opened("memory", split_of(), tmp_path)
+
+
+def test_a_folder_that_cannot_hold_the_table_is_told(tmp_path):
+    with pytest.raises(UserError, match="cannot be used: .*--t-features memory"):
+        opened("disk", split_of(), tmp_path / "is" / "not" / "there")
+
+
+@pytest.mark.parametrize("scale", [1e6, float("nan")])
+def test_features_that_float16_cannot_hold_are_told(scale, tmp_path):
+    eyes = Eyes()
+    eyes.scale = scale
+    features, _ = opened("disk", split_of(), tmp_path, eyes=eyes)
+    with pytest.raises(UserError, match="not finite in float16; use --t-features compute"):
+        features(*asked(split_of())[:2])
+    assert not any(file_in(tmp_path).read_bytes())
+
+
+def test_a_head_trained_on_stored_features_is_not_one_trained_on_computed_ones():
+    paths = {where: head_file("--t-features", where).path for where in ("compute", "memory", "disk")}
+    assert paths["memory"] == paths["disk"] != paths["compute"] == head_file().path
+
+
+FEW = [*TINY_STUDENT, "--train-size", "10", "--test-size", "6", "--batch-size", "4"]
+FEW += ["--epoch", "2", "--milestones", "1"]
+
+
+def test_memory_and_disk_give_the_same_student_which_either_continues(runs, tmp_path, monkeypatch, capsys):
+    """And it is the student of computed features up to rounding."""
+    teacher, ends = tmp_path / runs.teacher.name, {}
+    teacher.mkdir()
+    shutil.copy(runs.teacher / "ckpt" / "best.pth", teacher)
+
+    def train(name, where, stop=None):
+        for kept in teacher.glob("ss_head_*"):
+            kept.unlink()
+        flags = ["--t-path", str(teacher), *FEW, "--experiments", str(tmp_path / name), "--t-features", where]
+        with monkeypatch.context() as patch:
+            if stop:
+                patch.setattr(utils, "evaluate", stop)
+            status = end_of(student.main, flags)
+        (folder,) = (tmp_path / name).iterdir()
+        ends[name] = contents(folder)
+        return status
+
+    evaluate, tests = utils.evaluate, []
+
+    def stopping(*args):
+        tests.append(args)
+        if len(tests) == 2:  # after the second epoch
+            raise utils.Fault("stopped by the test")
+        return evaluate(*args)
+
+    assert train("disk", "disk") == train("compute", "compute") == 0
+    assert (train("memory", "memory", stopping), train("memory", "disk")) == (1, 0)
+    assert "continuing after epoch 1 of the student" in capsys.readouterr().out
+    assert ends["disk"] == ends["memory"]
+    logs = [[json.loads(line) for line in ends[name]["log.jsonl"].splitlines()] for name in ("disk", "compute")]
+    for of_stored, of_computed in zip(*logs, strict=True):
+        assert of_stored.keys() == of_computed.keys()
+        losses = [tag for tag in of_stored if tag.endswith("loss")]
+        assert [of_stored[tag] for tag in losses] == pytest.approx([of_computed[tag] for tag in losses], rel=1e-3)
+    (folder,) = (tmp_path / "compute").iterdir()
+    flags = ["--t-path", str(teacher), *FEW, "--experiments", str(folder.parent), "--t-features", "disk"]
+    assert end_of(student.main, flags) == 2
+    assert "t_features was None, is stored" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_run_killed_while_it_writes_the_table_ends_like_one_that_never_was(runs, tmp_path):
+    teacher = tmp_path / runs.teacher.name
+    teacher.mkdir()
+    shutil.copy(runs.teacher / "ckpt" / "best.pth", teacher)
+    flags = ["--t-path", teacher, *FEW, "--t-features"]
+    assert run_script("student.py", *flags, "memory", cwd=tmp_path).returncode == 0
+    (whole,) = (tmp_path / "experiments").iterdir()
+    for kept in teacher.glob("ss_head_*"):
+        kept.unlink()
+    command = [sys.executable, ROOT / "tests" / "killer.py", "47", ROOT / "student.py", *flags, "disk"]
+    command += ["--experiments", "killed"]
+    deaths = 0
+    while (end := subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)).returncode:
+        assert end.returncode == -signal.SIGKILL, end.stderr
+        deaths += 1
+    (folder,) = (tmp_path / "killed").iterdir()
+    assert deaths > 4
+    assert contents(folder) == contents(whole)
+
+
+@pytest.mark.slow
+def test_two_students_on_one_table_at_once_end_like_one_after_the_other(runs, tmp_path):
+    teacher = tmp_path / runs.teacher.name
+    teacher.mkdir()
+    shutil.copy(runs.teacher / "ckpt" / "best.pth", teacher)
+    script = [sys.executable, "-W", "error", ROOT / "student.py", "--t-path", teacher, *FEW, "--t-features"]
+    both = [
+        subprocess.Popen([*script, "disk", "--experiments", name], cwd=tmp_path, stdout=subprocess.DEVNULL)
+        for name in ("one", "two")
+    ]
+    assert [process.wait() for process in both] == [0, 0]
+    assert run_script(*script[3:], "memory", "--experiments", "three", cwd=tmp_path).returncode == 0
+    one, two, three = (contents(next((tmp_path / name).iterdir())) for name in ("one", "two", "three"))
+    assert one == two == three

@@ -40,12 +40,15 @@ def test_without_backbone_gradients_only_the_head_learns():
 
 
 @pytest.mark.parametrize("arch", models.model_dict)
-def test_the_folded_teacher_equals_the_plain_one(arch):
+def test_the_folded_teacher_equals_the_plain_one_and_answers_from_its_own_feature_alike(arch):
     teacher = fill(Wrapper(models.model_dict[arch]())).to(memory_format=torch.channels_last).eval()
     folded = fold_batch_norms(teacher)
     with torch.inference_mode():
-        for plain, fast in zip(teacher(images()), folded(images()), strict=True):
+        answer = folded(images())
+        for plain, fast in zip(teacher(images()), answer, strict=True):
             assert (plain - fast).norm() <= 1e-4 * plain.norm()
+        for again, fast in zip(folded(None, feature=answer.feature), answer, strict=True):
+            assert torch.equal(again, fast)
 
 
 @pytest.mark.parametrize("preact", [False, True])
