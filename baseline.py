@@ -113,9 +113,9 @@ class Networks(NamedTuple):
 
     student: nn.Module
     teacher: nn.Module  # frozen
-    classifier: nn.Linear  # the teacher's, for a feature that is stored
     preact: bool  # whether the method wants features before their ReLU
     autocast: Callable
+    classifier: nn.Linear | None = None  # the teacher's, for features that are stored
 
     def outputs(self, x: Tensor, feature: Tensor | None = None) -> tuple[Outputs, Outputs]:
         """What student and teacher give for images (N, 3, 32, 32), the teacher by its `feature` (N, D) if stored."""
@@ -136,7 +136,7 @@ def make_networks(args: Namespace, teacher: nn.Module, device: torch.device) -> 
         network.to(device, memory_format=torch.channels_last)
     asked = slice(-1, None) if stored(args) else slice(None)  # of the teacher's features
     teacher = frozen(teacher, asked, preact)
-    return Networks(student, teacher, classifier(teacher), preact, utils.precision(args.amp, device))
+    return Networks(student, teacher, preact, utils.precision(args.amp, device), classifier(teacher))
 
 
 def make_method(args: Namespace, checkpoint: TeacherCheckpoint, networks: Networks, labels: Tensor) -> nn.Module:
