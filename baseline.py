@@ -117,16 +117,18 @@ class Networks(NamedTuple):
     autocast: Callable
     classifier: nn.Linear | None = None  # the teacher's, for features that are stored
 
-    def outputs(self, x: Tensor, feature: Tensor | None = None) -> tuple[Outputs, Outputs]:
-        """What student and teacher give for images (N, 3, 32, 32), the teacher by its `feature` (N, D) if stored."""
+    def of_student(self, x: Tensor) -> Outputs:
+        """What the student gives for images (N, 3, 32, 32)."""
         with self.autocast():
-            with torch.no_grad():  # not inference_mode: CRD trains an embedding of the teacher's feature
-                if feature is None:
-                    teacher = Outputs(*self.teacher(x))
-                else:
-                    feature, logits = of_feature(self.classifier, feature)
-                    teacher = Outputs([feature], logits)
-            return Outputs(*self.student(x, is_feat=True, preact=self.preact)), teacher
+            return Outputs(*self.student(x, is_feat=True, preact=self.preact))
+
+    def of_teacher(self, x: Tensor, feature: Tensor | None = None) -> Outputs:
+        """What the teacher gives for them, going by its `feature` (N, D) where that is stored."""
+        with self.autocast(), torch.no_grad():  # not inference_mode: CRD trains an embedding of the teacher's feature
+            if feature is None:
+                return Outputs(*self.teacher(x))
+            feature, logits = of_feature(self.classifier, feature)
+            return Outputs([feature], logits)
 
 
 def make_networks(args: Namespace, teacher: nn.Module, device: torch.device) -> Networks:
@@ -146,7 +148,8 @@ def make_method(args: Namespace, checkpoint: TeacherCheckpoint, networks: Networ
         MethodError: it does not go with these networks, or with the `labels` (N,) of the training set.
     """
     networks.student.eval()  # its running statistics stay as they are
-    method = METHODS[args.method](*networks.outputs(torch.zeros(2, 3, 32, 32, device=labels.device)), labels)
+    x = torch.zeros(2, 3, 32, 32, device=labels.device)
+    method = METHODS[args.method](networks.of_student(x), networks.of_teacher(x), labels)
     if hasattr(method, "choose_pair"):
         method.choose_pair(checkpoint.arch, args.s_arch)
     return method.to(labels.device, memory_format=torch.channels_last)
@@ -171,7 +174,8 @@ def make_first_loss(networks: Networks, method: nn.Module) -> Callable:
     """The first phase's loss as a function that traces to one graph: batch → loss, what to log."""
 
     def loss_of(batch: cifar.Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        loss = method.first_loss(*networks.outputs(batch.x))
+        student = networks.of_student(batch.x) if getattr(method, "first_student", True) else None
+        loss = method.first_loss(student, networks.of_teacher(batch.x))
         return loss, {"first_loss": loss}
 
     return loss_of
@@ -205,7 +209,7 @@ def make_loss(args: Namespace, networks: Networks, method: nn.Module) -> Callabl
     weights = {"ce": args.ce_weight, args.method: args.weight, "kd": args.kd_weight}
 
     def loss_of(batch: cifar.Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        student, teacher = networks.outputs(batch.x, batch.feature)
+        student, teacher = networks.of_student(batch.x), networks.of_teacher(batch.x, batch.feature)
         terms = {
             "ce": F.cross_entropy(student.logits.float(), batch.target),
             args.method: method(student, teacher, batch.target, batch.rows),

@@ -19,6 +19,7 @@ What whoever trains a method has to know of it, beyond calling it; an attribute 
     first_epochs                  length of a first phase: one view of each image, the optimizer of the main phase made
                                   anew, a constant rate; default 0
     first_loss(student, teacher)  its whole loss, a scalar
+    first_student = False         first_loss does not look at the student, whose Outputs may be None; default True
     first_modules(network)        what trains in it, of the method and of the student network
     first_rate(s_arch, lr)        its learning rate, from the student's name and main rate
     main_modules()                what of the method trains in the main phase; default all of it
@@ -37,6 +38,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from negatives import draw_negatives
 
 
 class Outputs(NamedTuple):
@@ -388,6 +391,7 @@ class FT(nn.Module):
 
     weight = 200.0
     first_epochs = 30
+    first_student = False
 
     def __init__(self, student: Outputs, teacher: Outputs, labels: Tensor):
         super().__init__()
@@ -397,7 +401,6 @@ class FT(nn.Module):
         self.translator = _encoder(s.shape[1], factor, norm=True)
 
     def first_loss(self, student: Outputs | None, teacher: Outputs) -> Tensor:
-        """The student's outputs are not looked at and may be None."""
         t = _full(teacher.features[-2]).detach()
         return F.mse_loss(self.paraphraser(t), t)
 
@@ -421,55 +424,6 @@ class FT(nn.Module):
         return F.l1_loss(attention(s), attention(t))
 
 
-def random_bits(when: Tensor, rows: int, columns: int) -> Tensor:
-    """(rows, columns) int32 on the device of `when` (3,): a hash of the place, seed, epoch and step.
-
-    The three are hashed into a start, one after the other, from which the places count on, two numbers to a place. The
-    hash is SplitMix64's (Steele et al., 2014), in signed arithmetic: there a shift to the right needs a mask.
-    """
-
-    def mix(z: Tensor) -> Tensor:  # in place: new memory for 64 × 25,000 numbers costs more than the arithmetic
-        for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15), (31, 1)):
-            z.bitwise_xor_((z >> shift).bitwise_and_(2 ** (64 - shift) - 1)).mul_(factor)
-        return z
-
-    seed, epoch, step = when.clone().unbind()
-    start = mix(mix(mix(seed) + epoch) + step)
-    places = torch.arange(rows * ((columns + 1) // 2), device=when.device)
-    return mix(places.add_(start)).view(rows, -1).view(torch.int32)[:, :columns]
-
-
-def draw_negatives(labels: Tensor, target: Tensor, count: int, replace: bool, when: Tensor) -> Tensor:
-    """For each image of a batch `count` images of other classes: uniform, without replacement, each row for itself.
-
-    Every image of the training set gets a random number anew in each row, and the `count` largest of other classes are
-    taken: any set of `count` is as likely as any other. (Cheaper draws, such as one permutation of the images read from
-    a random place in each row, give uniform rows that hang on one another.)
-
-    Args:
-        labels: (N,) classes of the training set.
-        target: (B,) classes of the batch.
-        count: K.
-        replace: whether K exceeds the number of images of other classes for some class; such rows, and only such, are
-            drawn with replacement.
-        when: (3,) int64 seed, epoch and step, all that the draw depends on.
-
-    Returns:
-        (B, K) places in the training set, in no particular order.
-    """
-    images = len(labels)
-    bits = random_bits(when, len(target), images + count if replace else images)
-    own = labels == target[:, None]  # B x N
-    least = torch.iinfo(torch.int32).min
-    keys = bits[:, :images].clamp_(min=least + 1).masked_fill_(own, least)
-    order = keys.topk(min(count, images), sorted=replace).indices  # unsorted costs half
-    if not replace:
-        return order
-    others = images - own.sum(1, keepdim=True)
-    place = torch.where(others < count, bits[:, images:] % others, torch.arange(count, device=target.device))
-    return order.gather(1, place)
-
-
 class Bank(nn.Module):
     """One network's embedding of each of the N training images, (N, D), and the constant Z of what is compared with it.
 
@@ -481,15 +435,15 @@ class Bank(nn.Module):
         self.register_buffer("memory", (2 * torch.rand(images, dim) - 1) / math.sqrt(dim / 3))
         self.register_buffer("Z", torch.zeros(()))
 
-    def contrast(self, anchor: Tensor, contrast: Tensor, temperature: float) -> Tensor:
+    def contrast(self, anchor: Tensor, places: Tensor, temperature: float) -> Tensor:
         """The NCE loss L(p) of CRD: anchors (B, D), places (B, 1 + K) of a positive and K negatives → scalar.
 
         Its gradient is worked out here: the bank is updated before the backward pass, which needs it as it was.
         """
         with torch.no_grad():
             # all B × N products cost less than gathering B · (1 + K) rows of the bank
-            scores = (anchor @ self.memory.T / temperature).gather(1, contrast).exp()
-            images, negatives = len(self.memory), contrast.shape[1] - 1
+            scores = (anchor @ self.memory.T / temperature).gather(1, places).exp()
+            images, negatives = len(self.memory), places.shape[1] - 1
             self.Z.copy_(torch.where(self.Z > 0, self.Z, scores.mean() * images))
             positive, negative = (scores / self.Z).split([1, negatives], dim=1)
             noise = negatives / images
@@ -497,7 +451,7 @@ class Bank(nn.Module):
             c = noise + 1e-7
             loss = ((c / positive).log1p().sum() + ((negative + 1e-7) / noise).log1p().sum()) / len(anchor)
             slope = torch.cat([-c / (positive + c), negative / (negative + c)], 1)  # of each log of p, times B
-            by_image = anchor.new_zeros(len(anchor), images).scatter_add_(1, contrast, slope)
+            by_image = anchor.new_zeros(len(anchor), images).scatter_add_(1, places, slope)
             gradient = by_image @ self.memory / (temperature * len(anchor))
         linear = (anchor * gradient).sum()
         return loss + (linear - linear.detach())
@@ -552,11 +506,11 @@ class CRD(nn.Module):
         self.when[2].add_(1)
         return self.contrast(student, teacher, rows, torch.cat([rows[:, None], negatives], 1))
 
-    def contrast(self, student: Outputs, teacher: Outputs, rows: Tensor, contrast: Tensor) -> Tensor:
-        """The term for given places `contrast` (B, 1 + K), column 0 the positives; updates the banks' `rows` (B,)."""
+    def contrast(self, student: Outputs, teacher: Outputs, rows: Tensor, places: Tensor) -> Tensor:
+        """The term for given `places` (B, 1 + K), column 0 the positives; updates the banks' `rows` (B,)."""
         s, t = _pair(student, teacher, -1)
         v, w = unit(self.embed_s(s)), unit(self.embed_t(t))
-        loss = self.bank_t.contrast(v, contrast, self.temperature) + self.bank_s.contrast(w, contrast, self.temperature)
+        loss = self.bank_t.contrast(v, places, self.temperature) + self.bank_s.contrast(w, places, self.temperature)
         self.bank_s.update(rows, v)
         self.bank_t.update(rows, w)
         return loss
@@ -571,6 +525,7 @@ class DKD(nn.Module):
 
     maps = False
     weight, ce_weight, kd_weight = 1.0, 1.0, 0.0
+    temperature = 4.0
     beta = 8.0
     betas = {
         ("resnet56", "resnet20"): 2.0,
@@ -591,16 +546,19 @@ class DKD(nn.Module):
         self.warm_up.fill_(min(epoch / 20, 1))
 
     def forward(self, student: Outputs, teacher: Outputs, target: Tensor, rows: Tensor) -> Tensor:
-        (s_true, s_others), (t_true, t_others) = (self.split(x.logits, target) for x in (student, teacher))
+        (s_true, s_others), (t_true, t_others) = (
+            self.split(_full(x.logits) / self.temperature, target) for x in (student, teacher)
+        )
         s_binary, t_binary = (
             torch.stack([true, others.logsumexp(1)], 1) for true, others in ((s_true, s_others), (t_true, t_others))
         )
-        return self.warm_up * (kd_loss(s_binary, t_binary, 1.0) + self.beta * kd_loss(s_others, t_others, 1.0)) * 16
+        loss = kd_loss(s_binary, t_binary, 1.0) + self.beta * kd_loss(s_others, t_others, 1.0)
+        return self.warm_up * self.temperature**2 * loss
 
     @staticmethod
     def split(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits / T of the true class (N,) and of the others (N, C − 1)."""
-        logits, target = _full(logits) / 4, target[:, None]
+        """Logits (N, C) → those of the true class (N,) and of the others (N, C − 1)."""
+        target = target[:, None]
         others = torch.arange(logits.shape[1] - 1, device=logits.device)
         return logits.gather(1, target).squeeze(1), logits.gather(1, others + (others >= target))
 

@@ -132,6 +132,12 @@ def test_fts_first_phase_trains_the_paraphraser_alone(flags, monkeypatch):
     assert unchanged == {name for name in method if name.startswith("translator.")}
 
 
+def test_fts_first_phase_does_not_run_the_student(flags):
+    _, networks, made, batch = step_of("ft", flags)
+    loss, _ = baseline.make_first_loss(networks._replace(student=None), made)(batch)
+    assert loss.requires_grad
+
+
 def test_fts_main_phase_leaves_the_paraphraser_alone(flags, monkeypatch, tmp_path):
     _, before = copy.deepcopy(after_first_phase("ft", flags, monkeypatch))
     monkeypatch.undo()
@@ -351,7 +357,7 @@ def test_every_pairs_step_runs_on_cuda_without_asking_the_device(t_arch, s_arch)
             preact = name == "ab"
             once = [lambda *_, out=out, **__: out for out in given[preact]]
             networks = baseline.Networks(*once, preact, utils.precision("off", torch.device("cuda")))
-            made = METHODS[name](*networks.outputs(batch.x), batch.target)
+            made = METHODS[name](networks.of_student(batch.x), networks.of_teacher(batch.x), batch.target)
             loss, logged = baseline.make_loss(args, networks, made)(batch)
             assert {x.device.type for x in (loss, *logged.values())} == {"cuda"}
             if name in ("ab", "ft"):
@@ -372,10 +378,13 @@ def test_every_method_trains_a_step_of_every_pair(t_arch, s_arch, method, amp, t
     networks = baseline.make_networks(args, checkpoint.network, torch.device("cpu"))
     made = baseline.make_method(args, checkpoint, networks, train_set.labels)
     before = copy.deepcopy(networks.student).state_dict()
-    trained = methods.set_phase(made, networks.student)
-    sgd = utils.SGD(trained.parameters(), 0.001, [], args)
-    batches = [next(train_set.batches("baseline", 1, views=1))]
-    loss_of = baseline.make_loss(args, networks, made)
-    utils.train_epoch(trained, loss_of, batches, sgd, 4, "one step")  # a Fault if the loss is not finite
+    losses = {False: baseline.make_loss(args, networks, made)}
+    if hasattr(made, "first_loss"):
+        losses = {True: baseline.make_first_loss(networks, made)} | losses
+    for first, loss_of in losses.items():
+        trained = methods.set_phase(made, networks.student, first)
+        sgd = utils.SGD(trained.parameters(), 0.001, [], args)
+        batches = [next(train_set.batches("baseline", 1, views=1))]
+        utils.train_epoch(trained, loss_of, batches, sgd, 4, "one step")  # a Fault if the loss is not finite
     changed = set(before) - same(before, networks.student.state_dict())
     assert {name for name, _ in networks.student.named_parameters()} <= changed
