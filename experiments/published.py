@@ -2,7 +2,8 @@
 
 Four PIL views an image, made one by one through a DataLoader; cosine similarity of expanded tensors; selective transfer
 by sorting and `nonzero`; a graph through the frozen teacher, then detached; float32, contiguous; SGD one parameter at a
-time; every figure of every step read back with `.item()`. Networks are wrappers, as in wrapper.py.
+time; every figure of every step read back with `.item()`. Networks are wrappers, as in wrapper.py. Beside it the one
+compared method whose published form is slow: CRD's term, which gathers rows of its banks.
 
 It departs from the published code in two things: its sorts are stable, or ties would keep other rows; and `random`
 draws the flips, since a DataLoader seeds it for each worker. It shares no code with what is compared with it.
@@ -132,6 +133,55 @@ def ss_head_loss(teacher: nn.Module, x: Tensor) -> tuple[Tensor, dict[str, Tenso
     target = positives(similarities)
     loss = F.cross_entropy(similarities, target)
     return loss, {"teacher_ssp_loss": loss, "teacher_ssp_acc": accuracy(similarities, target)}
+
+
+class CRD(nn.Module):
+    """CRD's term (Tian et al., ICLR 2020) for `images` training images, from pooled features of both networks.
+
+    Each network's embedding is held against rows of the other's memory: all B · (1 + K) of them are gathered.
+    """
+
+    def __init__(self, s_width: int, t_width: int, images: int, dim: int = 128, temperature: float = 0.07):
+        super().__init__()
+        self.embed_s, self.embed_t = nn.Linear(s_width, dim), nn.Linear(t_width, dim)
+        bound = (dim / 3) ** -0.5
+        for name in ("memory_s", "memory_t"):
+            self.register_buffer(name, torch.empty(images, dim).uniform_(-bound, bound))
+        self.temperature, self.Z = temperature, {}
+
+    def forward(self, s: Tensor, t: Tensor, rows: Tensor, places: Tensor) -> Tensor:
+        """(B, D_s), (B, D_t), the images' rows (B,) of the memories, places (B, 1 + K), the positive first → scalar."""
+        v, w = self.embed_s(s), self.embed_t(t)
+        v, w = v / v.norm(dim=1, keepdim=True), w / w.norm(dim=1, keepdim=True)
+        loss = self.contrast("memory_t", v, places) + self.contrast("memory_s", w, places)
+        with torch.no_grad():
+            for memory, embedding in ((self.memory_s, v), (self.memory_t, w)):
+                mean = 0.5 * memory[rows] + 0.5 * embedding
+                memory[rows] = mean / mean.norm(dim=1, keepdim=True)
+        return loss
+
+    def contrast(self, name: str, anchor: Tensor, places: Tensor) -> Tensor:
+        memory = getattr(self, name)
+        chosen = memory[places.flatten()].unflatten(0, places.shape)  # B x (1 + K) x D
+        scores = (torch.bmm(chosen, anchor.unsqueeze(2)).squeeze(2) / self.temperature).exp()
+        if name not in self.Z:
+            self.Z[name] = scores.mean().item() * len(memory)
+        p, noise = scores / self.Z[name], (places.shape[1] - 1) / len(memory)
+        of_positive = (p[:, 0] / (p[:, 0] + noise + 1e-7)).log()
+        of_negatives = (noise / (p[:, 1:] + noise + 1e-7)).log()
+        return -(of_positive.sum() + of_negatives.sum()) / len(anchor)
+
+
+def others_of(labels: Tensor) -> list[np.ndarray]:
+    """For each class the images of all other classes."""
+    labels = labels.cpu().numpy()
+    return [np.flatnonzero(labels != label) for label in range(labels.max() + 1)]
+
+
+def negatives(others: list[np.ndarray], target: Tensor, number: int) -> Tensor:
+    """(B, number) images of other classes than `target` (B,), drawn on the host for one image after the other."""
+    pools = [others[label] for label in target.tolist()]
+    return torch.from_numpy(np.stack([np.random.choice(pool, number, replace=number > len(pool)) for pool in pools]))
 
 
 def sgd(parameters: Iterable[nn.Parameter], lr: float = 0.05) -> torch.optim.SGD:

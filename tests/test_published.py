@@ -10,6 +10,7 @@ from oracle import GOLDEN, Operations, fill, golden_inputs, golden_settings, ran
 from torch import nn
 
 import losses
+import methods
 import models
 from experiments import published
 from wrapper import Wrapper
@@ -177,3 +178,52 @@ def test_batches_go_on_for_ever_and_show_every_image_once_an_epoch():
         assert [len(target) for target in epoch] == [2, 2, 1]
         assert sorted(sum(epoch, [])) == [0, 1, 2, 3, 4]
     assert epochs[0] != epochs[1] or epochs[1] != epochs[2]
+
+
+# CRD
+
+
+@pytest.mark.parametrize("dtype, rel", [(torch.float64, 1e-9), (torch.float32, 1e-4)])
+def test_crds_term_its_gradients_and_its_memories_equal_those_of_methods(dtype, rel):
+    torch.manual_seed(0)
+    images, batch = 40, 6
+    features = [torch.randn(batch, width, dtype=dtype).requires_grad_() for width in (16, 24)]
+    outputs = [methods.Outputs([x], None) for x in features]
+    ours = methods.CRD(*outputs, torch.arange(images) % 4).to(dtype)
+    theirs = published.CRD(16, 24, images).to(dtype)
+    theirs.load_state_dict(
+        {"memory_s": ours.bank_s.memory, "memory_t": ours.bank_t.memory}
+        | {name: value for name, value in ours.state_dict().items() if name.startswith("embed")}
+    )
+    for _ in range(3):  # the first sets Z
+        rows, negatives = torch.randperm(images)[:batch], torch.randint(images, (batch, 15))
+        places = torch.cat([rows[:, None], negatives], 1)
+        expected = theirs(*features, rows, places)
+        loss = ours.contrast(*outputs, rows, places)
+        torch.testing.assert_close(loss, expected, rtol=rel, atol=0)
+        gradients = torch.autograd.grad(loss, [features[0], *ours.parameters()])
+        of_theirs = torch.autograd.grad(expected, [features[0], *theirs.parameters()])
+        torch.testing.assert_close(gradients, of_theirs, rtol=10 * rel, atol=rel)
+        for bank, memory in ((ours.bank_s, theirs.memory_s), (ours.bank_t, theirs.memory_t)):
+            torch.testing.assert_close(bank.memory, memory, rtol=rel, atol=rel)
+
+
+def test_crds_term_gathers_a_row_of_the_memory_for_every_negative():
+    term, rows = published.CRD(16, 24, 40), torch.arange(6)
+    places = torch.cat([rows[:, None], torch.randint(40, (6, 63))], 1)
+    with Operations() as seen:
+        term(torch.randn(6, 16), torch.randn(6, 24), rows, places).backward()
+    assert seen.largest == 6 * 64 * 128
+    assert "_local_scalar_dense" in seen.names  # Z
+    assert all(parameter.grad.abs().max() > 0 for parameter in term.parameters())
+
+
+def test_crds_negatives_are_distinct_images_of_other_classes_as_long_as_there_are_enough():
+    np.random.seed(0)
+    labels = torch.tensor([0] * 9 + [1] * 6)
+    others = published.others_of(labels)
+    drawn = published.negatives(others, torch.tensor([0, 1, 1]), 6)
+    assert drawn[0].sort().values.tolist() == list(range(9, 15))
+    assert all(len(set(row)) == 6 and max(row) < 9 for row in drawn[1:].tolist())
+    assert drawn[1].tolist() != drawn[2].tolist()
+    assert published.negatives(others, torch.tensor([0]), 50).min() >= 9
