@@ -32,6 +32,11 @@ each repetition, one idle while the other runs; a figure is the median.
     reproduction              the eleven published students after their five teachers: an estimate from these figures,
                               see `reproduction`; stored_share: to the same with computed features
     batch_scaling             student_step per image, as the batch grows; here only, ratio = to the smallest batch
+    method_step               a step of each compared method, by baseline.py ("first": of its first phase); here only,
+                              ratio = to SSKD's student_step, timed beside it
+    crd_loss                  CRD's term with gradients, from pooled features and given negatives (16,384 of 50,000)
+    crd_negatives             drawing them; published: by one process of the host
+    crd_memory                peak_memory of both together
 
 `--json` writes rows {figure, pair, amp, published, here, ratio}: ratio = published ÷ here, null where here is below 0.
 `--amp` concerns "here" alone; without it steps are timed in bf16 too, where the device has bf16 instructions. On a CPU
@@ -73,6 +78,7 @@ if __name__ == "__main__":
     flags.first(parse_args)  # PyTorch takes seconds to import: --help and wrong flags are answered before
 
 import contextlib
+import ctypes
 import json
 import math
 import multiprocessing
@@ -92,12 +98,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+import baseline
 import cifar
 import models
 import student
 import utils
 from experiments import published
 from losses import VIEWS, sskd_terms
+from methods import METHODS, MethodError, Outputs, set_phase
+from negatives import draw_negatives
 from record import entry, write_atomically
 from teacher_store import TeacherCheckpoint, look_once
 from wrapper import Wrapper, fold_batch_norms
@@ -216,6 +225,84 @@ def here_side(plan: Plan, pair: str) -> Side:
     } | computed(plan, (teacher, network), compiled(sskd_terms), teacher_graph=False)
 
 
+@cache
+def methods_side(plan: Plan, pair: str) -> Side:
+    """Steps of SSKD and of the compared methods, set up as by student.py and baseline.py."""
+    steps = {"sskd": here_side(plan, pair)["student_step"]}
+    train_set = cifar.Images(*noise(plan.images), STATISTICS, plan.device, plan.batch)
+    batches = chain.from_iterable(train_set.batches("bench", epoch, views=1) for epoch in count())
+
+    def train(module: nn.Module, loss_of: Callable, sgd: utils.SGD, number: int) -> None:
+        utils.train_epoch(module, loss_of, islice(batches, number), sgd, number * plan.batch, "bench")
+
+    def add(name: str, first: bool) -> None:
+        flags = ["--method", name, "--t-path", "unused", "--s-arch", pair.split(":")[1], "--lr", "0.01"]
+        args = baseline.parse_args([*flags, "--amp", plan.amp])
+        networks = baseline.make_networks(args, make_networks(pair, plan.device)[0].backbone, plan.device)
+        x = next(batches).x
+        method = METHODS[name](networks.of_student(x), networks.of_teacher(x), train_set.labels)
+        method.to(plan.device, memory_format=torch.channels_last)
+        loss = baseline.make_first_loss(networks, method) if first else baseline.make_loss(args, networks, method)
+        trained = set_phase(method, networks.student, first)
+        sgd = utils.SGD(trained.parameters(), args.lr, args.milestones, args)
+        loss_of = utils.compiled(loss, plan.compile, plan.device)
+        steps[f"{name} first" if first else name] = partial(train, trained, loss_of, sgd)
+
+    for name, kind in METHODS.items():
+        with contextlib.suppress(MethodError):  # it does not go with the pair
+            add(name, first=False)
+            if hasattr(kind, "first_loss"):
+                add(name, first=True)
+    return steps
+
+
+@cache
+def published_crd(plan: Plan, pair: str) -> Side:
+    """CRD's term as published."""
+    (s, t), rows, labels = crd_inputs(plan, pair)
+    term = published.CRD(s.shape[1], t.shape[1], plan.images).to(plan.device)
+    others = published.others_of(labels)
+
+    def draw() -> Tensor:
+        return published.negatives(others, labels[rows], METHODS["crd"].negatives).to(plan.device)
+
+    def loss(negatives: Tensor) -> None:
+        places = torch.cat([rows[:, None], negatives], 1)
+        torch.autograd.grad(term(s, t, rows, places), [s, *term.parameters()])
+
+    return crd_figures(draw, loss)
+
+
+@cache
+def here_crd(plan: Plan, pair: str) -> Side:
+    """CRD's term of methods.py."""
+    utils.set_up(0, plan.device, deterministic=False)
+    (s, t), rows, labels = crd_inputs(plan, pair)
+    student, teacher = (Outputs([x.to(DTYPES[plan.amp])], x) for x in (s, t))
+    method = METHODS["crd"](student, teacher, labels).to(plan.device)
+    term = utils.compiled(method.contrast, plan.compile, plan.device)
+    steps = count()
+
+    def draw() -> Tensor:
+        method.when[2] = next(steps)
+        return draw_negatives(labels, labels[rows], method.negatives, method.replace, method.when)
+
+    def loss(negatives: Tensor) -> None:
+        places = torch.cat([rows[:, None], negatives], 1)
+        torch.autograd.grad(term(student, teacher, rows, places), [s, *method.parameters()])
+
+    return crd_figures(draw, loss)
+
+
+def crd_figures(draw: Callable[[], Tensor], loss: Callable[[Tensor], None]) -> Side:
+    drawn = cache(draw)
+    return {
+        "crd_loss": times(lambda: loss(drawn())),
+        "crd_negatives": times(draw),
+        "crd_step": times(lambda: loss(draw())),
+    }
+
+
 @torch.no_grad()
 def check_pair(pair: str) -> None:
     """Raises Fault unless both sides have the same losses. In float64: rounding could hide a part of the ss term."""
@@ -281,6 +368,25 @@ class Looks:
         getattr(self, where)(*self.epoch)
 
 
+def check_crd() -> None:
+    """Raises Fault unless CRD's term and its gradients are the same on both sides."""
+    torch.manual_seed(0)
+    s, t = (torch.randn(8, 16, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    student, teacher = Outputs([s], s), Outputs([t], t)
+    theirs, ours = published.CRD(16, 16, 50).double(), METHODS["crd"](student, teacher, torch.arange(50)).double()
+    state = theirs.state_dict()
+    banks = {f"bank_{side}.memory": state.pop(f"memory_{side}") for side in "st"}
+    ours.load_state_dict(state | banks, strict=False)  # Z is 0 in both
+    rows, places = torch.arange(8), torch.randint(50, (8, 20))
+    losses = theirs(s, t, rows, places), ours.contrast(student, teacher, rows, places)
+    gradients = [
+        torch.autograd.grad(loss, [s, *side.parameters()]) for loss, side in zip(losses, (theirs, ours), strict=True)
+    ]
+    pairs = zip((losses[0], *gradients[0]), (losses[1], *gradients[1]), strict=True)
+    if not all(torch.allclose(*each, rtol=1e-6) for each in pairs):
+        raise utils.Fault(f"crd is {losses[1]:.6g} here and {losses[0]:.6g} published: unequal work")
+
+
 # ------------------------------------------------------------------------------------------------------ what both need
 
 
@@ -301,6 +407,16 @@ def make_networks(pair: str, device: torch.device) -> tuple[Wrapper, Wrapper]:
     with torch.no_grad():
         teacher.train()(torch.randn(32, 3, cifar.SIDE, cifar.SIDE))
     return teacher.eval().to(device), network.to(device)
+
+
+def crd_inputs(plan: Plan, pair: str) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Pooled features of student and teacher, the batch's rows of the training set, and its labels."""
+    torch.manual_seed(0)
+    teacher, network = make_networks(pair, torch.device("cpu"))
+    widths = [net.proj_head[0].in_features for net in (network, teacher)]
+    features = [torch.rand(plan.batch, width, device=plan.device).requires_grad_() for width in widths]
+    images = torch.arange(plan.images, device=plan.device)
+    return features, images[: plan.batch], images % CLASSES
 
 
 def times(function: Callable[[], Any]) -> Callable[[int], None]:
@@ -374,11 +490,22 @@ def peak_memory(side: Callable, plan: Plan, pair: str, *figures: str) -> float:
     """Bytes that `figures` need one after the other beyond those held before. Wants a process of its own."""
     plan = plan._replace(compile=False)  # a compiler's own memory is not the step's
     small, full = (side(plan._replace(batch=batch), pair) for batch in (2, plan.batch))
-    small["student_step"](1)  # loads the code of the kernels
+    small[figures[-1]](1)  # loads the code of the kernels
+    forget_freed(plan.device)
     before = memory(plan.device, "VmRSS")
     for figure in figures:
         full[figure](1)
     return memory(plan.device, "VmHWM") - before
+
+
+def forget_freed(device: torch.device) -> None:
+    """Gives back what was freed, which the step would use without asking for more; the high-water mark begins anew."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with contextlib.suppress(OSError, AttributeError):  # no glibc; no right to write there
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def memory(device: torch.device, key: str) -> float:
@@ -433,8 +560,8 @@ median = partial(np.median, axis=-1)  # over the repetitions
 def row(figure: str, pair: str, amp: str, theirs: float | None, ours: float, ratio: float | None = None) -> dict:
     """One row, printed as soon as it is measured."""
     ratio = theirs / ours if ratio is None and theirs is not None and ours > 0 else ratio
-    unit = "{:.1%}" if figure == "overhead" or figure.endswith("share") else "{:,.5f} s"
-    unit = "{:,.0f} B" if figure == "peak_memory" else unit
+    share, size = figure == "overhead" or figure.endswith("share"), figure.endswith("memory")
+    unit = "{:.1%}" if share else "{:,.0f} B" if size else "{:,.5f} s"
     shown = ("" if x is None else form.format(x) for form, x in ((unit, theirs), (unit, ours), ("{:.2f}", ratio)))
     print(TABLE.format(figure, pair, amp, *shown), flush=True)
     return {"figure": figure, "pair": pair, "amp": amp, "published": theirs, "here": ours, "ratio": ratio}
@@ -470,14 +597,18 @@ def pair_rows(plan: Plan, pair: str, first: bool) -> Iterator[dict]:
         calls = [*clocks("ss_epoch"), partial(ours, clock, here_side, plan, pair, "ss_features")]
         their_epoch, our_epoch, once = median(time_all(plan, calls, 0.5))
         yield row("ss_epoch", pair, amp, their_epoch, our_epoch + once / student.parse_args(FLAGS).t_epoch)
-    if plan.device.type == "cuda" or Path("/proc/self/status").exists():
-        with process(plan.device) as theirs, process(plan.device) as ours:
-            sides = (theirs, published_side), (ours, here_side)
-            few = plan._replace(images=2 * plan.batch)
-            calls = [partial(call, peak_memory, side, few, pair) for call, side in sides]
-            yield row("peak_memory", pair, amp, *(call("student_step") for call in calls))
+    sides = (published_side, here_side)
+    yield from memory_rows(plan._replace(images=2 * plan.batch), pair, "peak_memory", "student_step", sides)
     if first:
         yield from table_rows(plan, pair, steps)
+
+
+def memory_rows(plan: Plan, pair: str, name: str, figure: str, sides: tuple[Callable, Callable]) -> Iterator[dict]:
+    """What a figure takes of memory on both sides, if the machine tells."""
+    if plan.device.type == "cuda" or Path("/proc/self/status").exists():
+        with process(plan.device) as theirs, process(plan.device) as ours:
+            calls = zip((theirs, ours), sides, strict=True)
+            yield row(name, pair, plan.amp, *(call(peak_memory, side, plan, pair, figure) for call, side in calls))
 
 
 def step_clocks(plan: Plan, pair: str, theirs: Callable, ours: Callable) -> list[Callable[[], float]]:
@@ -599,6 +730,29 @@ def amps(plan: Plan) -> list[str]:
     return ["off", "bf16"] if plan.amp == "off" and has_bf16(plan.device) else [plan.amp]
 
 
+def method_rows(plan: Plan, pair: str) -> Iterator[dict]:
+    with process(plan.device) as ours:
+        names = ours(names_of, methods_side, plan, pair)
+        seconds = median(time_all(plan, [partial(ours, clock, methods_side, plan, pair, name) for name in names]))
+    for name, each in zip(names[1:], seconds[1:], strict=True):
+        yield row("method_step", f"{pair} {name}", plan.amp, None, each, each / seconds[0])
+
+
+def names_of(side: Callable, plan: Plan, pair: str) -> list[str]:
+    return list(side(plan, pair))
+
+
+def crd_rows(plan: Plan, pair: str) -> Iterator[dict]:
+    check_crd()
+    sides = (published_crd, here_crd)
+    with process(plan.device) as theirs, process(plan.device) as ours:
+        for figure in ("crd_loss", "crd_negatives"):
+            calls = zip((theirs, ours), sides, strict=True)
+            clocks = [partial(call, clock, side, plan, pair, figure) for call, side in calls]
+            yield row(figure, pair, plan.amp, *median(time_all(plan, clocks, 0.5)))
+    yield from memory_rows(plan, pair, "crd_memory", "crd_step", sides)
+
+
 def has_bf16(device: torch.device) -> bool:
     """Whether the device multiplies bf16 by its own instructions."""
     if device.type == "cuda":
@@ -619,7 +773,8 @@ def main(argv: list[str] | None = None) -> None:
     print(f"machine: {device}, {THREADS} threads, PyTorch {torch.__version__}")
     print(TABLE.format("figure", "pair", "amp", "published", "here", "ratio"))
     rows = [each for pair in pairs for each in pair_rows(plan, pair, first=pair == pairs[0])]
-    rows += batch_rows(plan, pairs[0])
+    for of_first_pair in (batch_rows, method_rows, crd_rows):
+        rows += of_first_pair(plan, pairs[0])
     if not args.quick:
         rows += reproduction_rows(plan, rows)
     if args.json:

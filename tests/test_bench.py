@@ -11,6 +11,7 @@ from conftest import run_script
 
 import utils
 from experiments import bench, published
+from methods import METHODS
 
 PAIR = "resnet8:resnet8"
 TINY = bench.Plan(torch.device("cpu"), batch=4, images=16, seconds=0, least=1, ss_batches=5, ss_test_images=4)
@@ -32,7 +33,16 @@ def test_unequal_work_is_refused(monkeypatch, name, other):
         bench.check_pair(PAIR)
 
 
-def test_steps_here_are_those_of_an_epoch_of_the_entries(monkeypatch):
+def test_unequal_work_in_crds_term_is_refused(monkeypatch):
+    bench.check_crd()
+    monkeypatch.setattr(published.CRD, "contrast", lambda self, name, anchor, places: anchor.square().sum())
+    with pytest.raises(utils.Fault, match="unequal work"):
+        bench.check_crd()
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """What train_epoch is given: images, shapes of the batches; whether it changed all parameters; what it logs."""
     seen, train_epoch = [], utils.train_epoch
 
     def watched(module, loss_of, batches, sgd, images, label):
@@ -43,12 +53,30 @@ def test_steps_here_are_those_of_an_epoch_of_the_entries(monkeypatch):
         return means
 
     monkeypatch.setattr(utils, "train_epoch", watched)
+    return seen
+
+
+def test_steps_here_are_those_of_an_epoch_of_the_entries(seen):
     side = bench.here_side(TINY, PAIR)
     side["student_step"](3)
     side["ss_epoch"](2)
     views, terms = (16, 3, 32, 32), {"ce_loss", "kd_loss", "tf_loss", "ss_loss", "cls_acc", "ss_acc"}
     head = (20, [views] * 5, True, {"teacher_ssp_loss", "teacher_ssp_acc"})
     assert seen == [(12, [views] * 3, True, terms), head, head]
+
+
+def test_steps_of_the_compared_methods_are_those_of_baseline(seen):
+    side = bench.methods_side(TINY, PAIR)
+    assert list(side) == ["sskd", *METHODS][:9] + ["ab first", "ft", "ft first", "crd", "dkd", "ls"]
+    for name in ("fitnet", "ab", "ab first", "ft first", "crd"):
+        seen.clear()
+        side[name](2)
+        terms = {"first_loss"} if "first" in name else {"ce_loss", "kd_loss", f"{name}_loss", "cls_acc"}
+        assert seen == [(8, [(4, 3, 32, 32)] * 2, True, terms)], name
+
+
+def test_a_method_that_does_not_go_with_the_pair_is_left_out():
+    assert "ab" not in bench.methods_side(TINY, "resnet8:vgg8")
 
 
 def test_a_run_writes_every_figure_as_a_row(monkeypatch, tmp_path, capsys):
@@ -61,7 +89,8 @@ def test_a_run_writes_every_figure_as_a_row(monkeypatch, tmp_path, capsys):
     for row in rows:
         assert list(row) == ["figure", "pair", "amp", "published", "here", "ratio"]
         assert isinstance(row["here"], float)
-        if row["figure"] not in ("batch_scaling", "overhead") and row["published"] is not None and row["here"] > 0:
+        ratios = "batch_scaling", "method_step", "overhead"  # of other things than published ÷ here
+        if row["figure"] not in ratios and row["published"] is not None and row["here"] > 0:
             assert row["ratio"] == pytest.approx(row["published"] / row["here"])
     found = {(row["figure"], row["pair"], row["amp"]) for row in rows}
     figures = "views loss teacher_forward student_forward_backward student_step overhead peak_share ss_epoch "
@@ -74,6 +103,8 @@ def test_a_run_writes_every_figure_as_a_row(monkeypatch, tmp_path, capsys):
     } <= found
     assert {("reproduction", "2 students", "off"), ("stored_share", "reproduction", "off")} <= found
     assert {("loss", "D8", "off"), ("batch_scaling", f"{PAIR} B4", "off")} <= found
+    assert {("method_step", f"{PAIR} {name}", "off") for name in (*METHODS, "ab first", "ft first")} <= found
+    assert {(figure, PAIR, "off") for figure in ("crd_loss", "crd_negatives", "crd_memory")} <= found
     printed = capsys.readouterr().out
     assert "threads, PyTorch" in printed
     assert not [file for file in tmp_path.iterdir() if file.name != "rows.json"]
