@@ -355,6 +355,7 @@ class AB(nn.Module):
 
 
 def _layer(conv: nn.Module, norm: bool = False) -> list[nn.Module]:
+    """Without BN its place is empty: weights keep their published names."""
     return [conv, nn.BatchNorm2d(conv.out_channels) if norm else nn.Identity(), nn.LeakyReLU(0.1)]
 
 

@@ -1,12 +1,16 @@
 """baseline.py: every compared method trains from the command line, stops, resumes and exports."""
 
+import collections
 import copy
 import json
+import random
+import subprocess
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import contents, end_of
+from conftest import ROOT, contents, end_of, run_script
 from oracle import PUBLISHED
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -15,6 +19,7 @@ import baseline
 import cifar
 import methods
 import models
+import negatives
 import utils
 from methods import METHODS, Outputs
 from teacher_store import load_teacher
@@ -210,6 +215,45 @@ def test_a_stopped_run_ends_as_if_it_had_never_been_stopped(method, steps, flags
     assert contents(folder_of(tmp_path, method)) == contents(folder_of(tmp_path / "whole", method))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "method, phases", [("crd", ["student"]), ("ab", ["first", "student"]), ("ft", ["first", "student"])]
+)
+def test_kills_at_random_moments_of_every_phase_change_nothing(method, phases, runs, tmp_path):
+    """Each round trains anew, killed again and again until it is through; rounds until each phase had five kills."""
+    rng = random.Random(0)
+    flags = ["--method", method, "--t-path", str(runs.teacher), *TINY, "--epoch", "30"]  # as many as a first phase has
+
+    def one_run(cwd, seconds=None):
+        """Runs in a new folder, killed within so many seconds of each start; gives the run folder."""
+        cwd.mkdir()
+        while seconds:
+            command = [sys.executable, ROOT / "baseline.py", *flags]
+            process = subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            with process:
+                while (line := process.stdout.readline()) and not line.startswith("teacher: "):
+                    pass  # until it begins or goes on, or is through
+                try:
+                    process.communicate(timeout=rng.uniform(0, seconds))
+                    break
+                except subprocess.TimeoutExpired:
+                    process.kill()
+            lines = [line for log in cwd.glob("experiments/*/log.jsonl") for line in log.read_text().splitlines()]
+            kills[json.loads(lines[-1])["phase"] if lines else "before the first epoch"] += 1
+        done = run_script("baseline.py", *flags, cwd=cwd)
+        assert (done.returncode, done.stderr) == (0, "")
+        return folder_of(cwd / "experiments", method)
+
+    kills = collections.Counter()
+    whole = one_run(tmp_path / "whole")
+    seconds = json.loads((whole / "result.json").read_text())["seconds"]
+    for number in range(20):
+        assert contents(one_run(tmp_path / str(number), seconds)) == contents(whole)
+        if min(kills[phase] for phase in phases) >= 5:
+            break
+    assert min(kills[phase] for phase in phases) >= 5, kills
+
+
 def test_dkds_warm_up_follows_the_epochs_of_a_resumed_run(flags, monkeypatch, capsys):
     warm_ups = []
     forward = METHODS["dkd"].forward
@@ -337,6 +381,28 @@ def test_dkds_weight_is_that_of_the_pair(runs, flags, tmp_path):
     of_pair = step_of("dkd", flags, "--t-path", tmp_path / "teacher_wrn_40_2", "--s-arch", "wrn_16_2")[2]
     assert of_pair.beta == 6
     assert step_of("dkd", flags)[2].beta == 8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_a_compiled_run_is_the_uncompiled_one_up_to_rounding(method, flags, tmp_path):
+    more = ["--lr", "0.001", "--experiments"]
+    for name in ("eager", "compiled"):
+        baseline.main([*flags(method, *more, tmp_path / name), *(["--compile"] if name == "compiled" else [])])
+    eager, compiled = (lines_of(folder_of(tmp_path / name, method)) for name in ("eager", "compiled"))
+    assert len(eager) == 2 + 2 * (method in ("ab", "ft"))
+    for expected, line in zip(eager, compiled, strict=True):
+        assert line.pop("phase") == expected.pop("phase")
+        assert line == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.slow
+def test_a_compiled_draw_is_the_same():
+    labels, when = torch.arange(50) % 10, torch.tensor([2**32 - 1, 240, 781])
+    for count, replace in ((20, False), (60, True)):
+        given = labels, labels[:6], count, replace, when
+        compiled = torch.compile(negatives.draw_negatives, fullgraph=True)
+        assert torch.equal(compiled(*given), negatives.draw_negatives(*given))
 
 
 # The eleven pairs of the published tables
