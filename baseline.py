@@ -65,34 +65,34 @@ from record import Run, entry, export
 from teacher_store import TeacherCheckpoint, load_teacher, look_once, report_teacher, stored
 from wrapper import classifier, frozen, of_feature
 
-Data = tuple[cifar.Images, cifar.Images]  # training, test
-
 
 @entry(cifar.DataError, models.CheckpointError, models.ExportError, MethodError)
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     folder = train(args)
     if args.export is not None:
-        export(args.export, models.read(folder, args.s_arch), cifar.about_dataset(args.dataset))
+        checkpoint = models.read(folder, args.s_arch)
+        export(args.export, checkpoint, cifar.about_dataset(args, checkpoint.about))
 
 
 def train(args: Namespace) -> Path:
     """Trains the student, or what a stopped run left of it; returns the run's folder."""
-    checkpoint = load_teacher(args, cifar.NUM_CLASSES)
-    run = Run(run_folder(args, checkpoint.folder), args, teacher=checkpoint.fingerprint, t_features=stored(args))
+    checkpoint = load_teacher(args, cifar.num_classes)
+    more = {"teacher": checkpoint.fingerprint, "t_features": stored(args), **cifar.identity(args)}
+    run = Run(run_folder(args, checkpoint.folder), args, **more)
     if run.finished(product="student_best.pth" if args.export else None):
         return run.folder
     device = utils.pick_device(args.gpu_id)
     data = cifar.load(args, device)
     utils.set_up(args.seed, device, args.deterministic)
     networks = make_networks(args, checkpoint.network, device)
-    method = make_method(args, checkpoint, networks, data[0].labels)
-    look_once(args, checkpoint, networks.teacher, networks.autocast, train=data[0])
+    method = make_method(args, checkpoint, networks, data.train.labels)
+    look_once(args, checkpoint, networks.teacher, networks.autocast, train=data.train)
     # only now: whether the method goes with the networks and the features have space is known
-    run.start(device, teacher=report_teacher(args, checkpoint, checkpoint.network, data[1], networks.autocast))
+    run.start(device, teacher=report_teacher(args, checkpoint, checkpoint.network, data.test, networks.autocast))
     run.tell_sizes(networks.student, checkpoint.network)
     if hasattr(method, "first_loss"):
-        prepare(args, run, networks, method, data[0])
+        prepare(args, run, networks, method, data.train)
     distil(args, run, networks, method, data)
     return run.folder
 
@@ -133,7 +133,7 @@ class Networks(NamedTuple):
 
 def make_networks(args: Namespace, teacher: nn.Module, device: torch.device) -> Networks:
     preact = getattr(METHODS[args.method], "preact", False)
-    student = models.model_dict[args.s_arch](num_classes=cifar.NUM_CLASSES[args.dataset])
+    student = models.model_dict[args.s_arch](num_classes=cifar.num_classes(args))
     for network in (student, teacher):
         network.to(device, memory_format=torch.channels_last)
     asked = slice(-1, None) if stored(args) else slice(None)  # of the teacher's features
@@ -148,7 +148,8 @@ def make_method(args: Namespace, checkpoint: TeacherCheckpoint, networks: Networ
         MethodError: it does not go with these networks, or with the `labels` (N,) of the training set.
     """
     networks.student.eval()  # its running statistics stay as they are
-    x = torch.zeros(2, 3, 32, 32, device=labels.device)
+    side = args.side or cifar.SIDE
+    x = torch.zeros(2, 3, side, side, device=labels.device)
     method = METHODS[args.method](networks.of_student(x), networks.of_teacher(x), labels)
     if hasattr(method, "choose_pair"):
         method.choose_pair(checkpoint.arch, args.s_arch)
@@ -181,26 +182,26 @@ def make_first_loss(networks: Networks, method: nn.Module) -> Callable:
     return loss_of
 
 
-def distil(args: Namespace, run: Run, networks: Networks, method: nn.Module, data: Data) -> None:
+def distil(args: Namespace, run: Run, networks: Networks, method: nn.Module, data: cifar.Data) -> None:
     """Trains the student, and the method's adapters with it."""
-    train_set, test_set = data
+    train_set = data.train
     student = networks.student
     trained = set_phase(method, student)
     loss_of = utils.compiled(make_loss(args, networks, method), args.compile, train_set.labels.device)
     sgd = utils.SGD(trained.parameters(), args.lr, args.milestones, args)
-    about = {"arch": args.s_arch} | test_set.about
+    about = {"arch": args.s_arch} | data.val.about
     for epoch in run.epochs("student", args.epoch, student=student, method=method, optimisation=sgd):
         if hasattr(method, "start_epoch"):
             method.start_epoch(args.seed, epoch)
         batches = train_set.batches("baseline", epoch, views=1, features=True)
         means = utils.train_epoch(trained, loss_of, batches, sgd, len(train_set), f"student epoch {epoch}")
-        ce_loss, acc, top5 = utils.evaluate(student, test_set, networks.autocast, f"test after student epoch {epoch}")
+        ce_loss, acc, top5 = utils.evaluate(student, data.val, networks.autocast, f"test after student epoch {epoch}")
         tested = {"ce_loss": ce_loss, "cls_acc": acc, "cls_acc_top5": top5}
         run.log(epoch, len(train_set), train=means | {"lr": sgd.lr}, val=tested)
         sgd.end_epoch()
         best = {"epoch": epoch, "state_dict": student.state_dict(), "best_acc": acc, "about": about}
         run.keep_best("student_best.pth", acc, best)
-    run.finish()
+    run.finish(utils.test_of_best(student, run.best_checkpoint, data, networks.autocast))
 
 
 def make_loss(args: Namespace, networks: Networks, method: nn.Module) -> Callable:

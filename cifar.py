@@ -4,31 +4,51 @@ A data set is small enough to live on the GPU as bytes (CIFAR-100: 180 MB), and 
 normalised there in a dozen whole-tensor operations: no worker processes, no copies from the host inside an epoch.
 Every draw of an epoch (order, flips, crops) is made at its start from (seed, phase, epoch) alone, on the CPU, so that
 it is the same on every device and a resumed run sees what an uninterrupted one would have seen.
+
+    python cifar.py --data-root DIR      # downloads and checks a data set, without training anything
 """
 
-import contextlib
-import hashlib
-import os
-import sys
 from argparse import Namespace
-from collections import Counter
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+
+import flags
+
+
+def parse_args(argv: list[str] | None) -> Namespace:
+    parser = flags.Parser("Downloads a data set, or checks the one that is there, without training anything.")
+    flags.add_source(parser.add_argument)
+    parser.set_defaults(train_size=None, test_size=None)
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    flags.first(parse_args)
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
-from torchvision import datasets as tv
-from tqdm import tqdm
 
-from flags import warn
+from record import entry
+from sources import (
+    DataError,
+    Split,
+    alone,
+    listing,
+    own_folders,
+    read_archive,
+    read_cifar100,
+    read_own_folders,
+    statistics,
+)
 
-SIDE, PAD = 32, 4
-SHIFTS = 2 * PAD + 1  # a crop starts at 0 … 8, downwards and to the right
+SIDE = 32  # of the named data sets; class folders may have other sides
 
 # mean and standard deviation of each channel, in [0, 1]
 STATISTICS = {
@@ -53,24 +73,19 @@ CLASSES = {
     "fashion_mnist": "T-shirt/top trouser pullover dress coat sandal shirt sneaker bag ankle_boot".split(),
 }
 
-# CIFAR-100's number of images and what `in_hash_order` says of their content
-CIFAR100 = {
-    "train": (50_000, "640c97a4012a8aebfcaf57fd82a33dd43b37d2e397a02cb9b0a3d89e6d6d936d"),
-    "test": (10_000, "a6a97df7b61bc7420bc44268696e8963d33129bc050978f2a63d8fe3420989fa"),
-}
 
-
-class DataError(ValueError):
-    """The data set can't be had as asked for; the message says what to do."""
+def padding(side: int) -> int:
+    """Width of the black border of a `side` × `side` image: 4 of 32, where crops start at 0 … 8 down and right."""
+    return side // 8
 
 
 class Batch(NamedTuple):
     """B images of a split in V views each, on the device."""
 
-    x: Tensor  # (V·B, 3, 32, 32) float32, normalised, channels last; the views of an image follow one another
+    x: Tensor  # (V·B, 3, side, side) float32, normalised, channels last; the views of an image follow one another
     target: Tensor  # (B,) labels
     rows: Tensor  # (B,) which images of the split they are
-    window: Tensor  # (B, V) which of the 648 windows each view is, see `windows`
+    window: Tensor  # (B, V) which of the windows (648 of side 32) each view is, see `windows`
     feature: Tensor | None = None  # (V·B, D) float16, what the teacher saw in each view, if that is stored
 
 
@@ -78,11 +93,11 @@ class Draws(NamedTuple):
     """The random draws of one epoch over N images seen in V views, on the device."""
 
     order: Tensor  # (N,) the images in the order of their use
-    window: Tensor  # (N, V) which of the 8 · 81 windows each view is, see `windows`
+    window: Tensor  # (N, V) which of the windows each view is, see `windows`
 
 
-def windows() -> tuple[Tensor, Tensor]:
-    """Where the pixels of every possible view lie in a padded image.
+def windows(side: int = SIDE) -> tuple[Tensor, Tensor]:
+    """Where the pixels of every possible view lie in a padded image. The figures are those of side 32.
 
     A view is a flip (or none), a rotation by k · 90 degrees in the direction of `np.rot90`, and a crop of 32 × 32 out
     of the 40 × 40 pixels of the padded image: 2 · 4 · 9 · 9 windows, each a fixed choice of pixels.
@@ -93,27 +108,27 @@ def windows() -> tuple[Tensor, Tensor]:
         int32 tables: pattern (8, 1024), row flip · 4 + k, and shift (648,), row ((flip · 4 + k) · 9 + top) · 9 + left.
         The pixels of window w are pattern[w // 81] + shift[w].
     """
-    padded = SIDE + 2 * PAD
+    padded = side + 2 * padding(side)
     pixel = torch.arange(padded * padded).view(padded, padded)
     views = torch.stack([torch.rot90(image, k) for image in (pixel, pixel.flip(1)) for k in range(4)])
-    crops = views.int().unfold(1, SIDE, 1).unfold(2, SIDE, 1)  # 8 x top x left x 32 x 32
+    crops = views.int().unfold(1, side, 1).unfold(2, side, 1)  # 8 x top x left x 32 x 32
     pattern, corner = crops[:, 0, 0].flatten(1), crops[..., 0, 0]
     return pattern, (corner - corner[:, :1, :1]).flatten()
 
 
-def window_rows(flip: Tensor, top: Tensor, left: Tensor) -> Tensor:
+def window_rows(flip: Tensor, top: Tensor, left: Tensor, side: int = SIDE) -> Tensor:
     """Number of the window of flip (N, 1) in {0, 1}, offsets top, left (N, V) in 0 … 8; view k is turned k times."""
-    turn = torch.arange(top.shape[1], device=top.device)
-    return ((flip * 4 + turn) * SHIFTS + top) * SHIFTS + left
+    turn, shifts = torch.arange(top.shape[1], device=top.device), 2 * padding(side) + 1
+    return ((flip * 4 + turn) * shifts + top) * shifts + left
 
 
-def draw(count: int, views: int, seed: int, phase: str, epoch: int) -> Draws:
+def draw(count: int, views: int, seed: int, phase: str, epoch: int, side: int = SIDE) -> Draws:
     """The order, flips and crops of a training epoch over `count` images, from (seed, phase, epoch) alone."""
     generator = _generator(seed, phase, epoch)
     order = torch.randperm(count, generator=generator)
     flip = torch.randint(2, (count, 1), generator=generator)  # shared by the views of an image
-    top, left = torch.randint(SHIFTS, (2, count, views), generator=generator)  # each view's own
-    return Draws(order, window_rows(flip, top, left))
+    top, left = torch.randint(2 * padding(side) + 1, (2, count, views), generator=generator)  # each view's own
+    return Draws(order, window_rows(flip, top, left, side))
 
 
 def _generator(*names: int | str) -> torch.Generator:
@@ -122,13 +137,35 @@ def _generator(*names: int | str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
+def sample(labels: Tensor, size: int | None) -> Tensor:
+    """Indices (size,), increasing, of a fair sample of `labels` (N,): the first images of every class.
+
+    The classes' counts differ by at most 1 where there are enough images. All are taken if `size` is None.
+    """
+    everything, count = torch.arange(len(labels)), torch.bincount(labels)
+    order = labels.argsort(stable=True)
+    place = torch.empty_like(order)  # of an image among those of its class
+    place[order] = everything - (count.cumsum(0) - count)[labels[order]]
+    return place.argsort(stable=True)[:size].sort().values
+
+
 def few_shot(labels: Tensor, fraction: float, seed: int) -> Tensor:
     """Indices (M,), increasing, of the `fraction` of every class in `labels` (N,) that the seed draws; at least one."""
-    order = torch.randperm(len(labels), generator=_generator(seed, "few shot"))
+    return _draw_of_each_class(labels, seed, "few shot", lambda count: max(1, round(count * fraction)))
+
+
+def held_out(labels: Tensor, fraction: float, seed: int) -> Tensor:
+    """The same of the images to be held out, but one of each class stays behind."""
+    share = lambda count: min(max(1, round(count * fraction)), count - 1)  # noqa: E731
+    return _draw_of_each_class(labels, seed, "validation", share)
+
+
+def _draw_of_each_class(labels: Tensor, seed: int, phase: str, share: Callable[[int], int]) -> Tensor:
+    order = torch.randperm(len(labels), generator=_generator(seed, phase))
     kept = []
     for label in labels.unique():
         members = order[labels[order] == label]
-        kept.append(members[: max(1, round(len(members) * fraction))])
+        kept.append(members[: share(len(members))])
     return torch.cat(kept).sort().values
 
 
@@ -145,13 +182,14 @@ class Images:
     """One split of a data set on the device.
 
     Args:
-        pixels: (N, 32, 32, 3) uint8.
+        pixels: (N, side, side, 3) uint8.
         labels: (N,) int64.
         statistics: mean and standard deviation of the three channels, in [0, 1].
         batch_size: images a training step.
         seed: of every draw.
-        about: what the checkpoints trained on it say of it, see `about_dataset`.
-        index: (N,) int64, which images of the whole split these are; left out: its first N.
+        about: what checkpoints trained on it say of it: `dataset`, `classes` (their number), `side`, `mean`, `std`;
+            and of test images `tested`, their number.
+        index: (N,) int64, increasing: which images of the whole split these are; all if left out.
 
     `features` gives what the teacher sees in the views `window` (N, V) of the images `rows` (N,), as (N, V, D) float16;
     None if nothing stores that (`teacher_store.look_once`).
@@ -174,10 +212,11 @@ class Images:
         self.index = (torch.arange(len(labels)) if index is None else index).to(device)
         self.pixels = pixels.to(device)
         self.labels = labels.to(device)
+        self.side = pixels.shape[1]
         # repeated for every pixel: elementwise work along one long row is vectorised, along rows of 3 it is not
-        mean, std = (torch.tensor(values).repeat((SIDE + 2 * PAD) ** 2).to(device) for values in statistics)
-        self.mean, self.std = mean, std
-        self.windows = tuple(table.to(device) for table in windows())
+        count = (self.side + 2 * padding(self.side)) ** 2
+        self.mean, self.std = (torch.tensor(values).repeat(count).to(device) for values in statistics)
+        self.windows = tuple(table.to(device) for table in windows(self.side))
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -189,7 +228,7 @@ class Images:
         With `features` the batches bring the teacher's, if they are stored; it looks at what is new to it before this
         returns.
         """
-        draws = draw(len(self), views, self.seed, phase, epoch)
+        draws = draw(len(self), views, self.seed, phase, epoch, self.side)
         order, window = (x.to(self.labels.device) for x in draws)
         return self._cut_into(self.batch_size, order, window, self._looked(order, window, features))
 
@@ -204,8 +243,8 @@ class Images:
 
     def test_windows(self, views: int) -> Tensor:
         """The windows (V,) of every test image's views."""
-        centre = torch.full((1, views), PAD, device=self.labels.device)
-        return window_rows(torch.zeros_like(centre[:, :1]), centre, centre)[0]
+        centre = torch.full((1, views), padding(self.side), device=self.labels.device)
+        return window_rows(torch.zeros_like(centre[:, :1]), centre, centre, self.side)[0]
 
     def _looked(self, order: Tensor, window: Tensor, features: bool) -> Tensor | None:
         return self.features(order, window) if features and self.features else None
@@ -217,7 +256,7 @@ class Images:
             yield Batch(self.views(rows, seen), self.labels[rows], rows, seen, feature)
 
     def views(self, rows: Tensor, window: Tensor) -> Tensor:
-        """Normalised views of the images `rows` (B,) as `window` (B, V) says: (V·B, 3, 32, 32), channels last."""
+        """Normalised views of the images `rows` (B,) as `window` (B, V) says: (V·B, 3, side, side), channels last."""
         return cut(self.normalise(pad(self.pixels[rows])), self.windows, window)
 
     def normalise(self, padded: Tensor) -> Tensor:
@@ -225,182 +264,147 @@ class Images:
         return padded.flatten(1).float().div_(255).sub_(self.mean).div_(self.std).view(padded.shape)
 
     def brightness(self, views: Tensor) -> Tensor:
-        """Normalised views (N, 3, 32, 32) → the same in [0, 1], to be looked at."""
+        """Normalised views (N, 3, side, side) → the same in [0, 1], to be looked at."""
         mean, std = (x[:3].view(3, 1, 1) for x in (self.mean, self.std))
         return views * std + mean
 
 
 def pad(pixels: Tensor) -> Tensor:
-    """(B, 32, 32, 3) → (B, 40, 40, 3) with a black border."""
-    return F.pad(pixels, (0, 0, PAD, PAD, PAD, PAD))
+    """(B, 32, 32, 3) → (B, 40, 40, 3), or (B, 64, 64, 3) → (B, 80, 80, 3), with a black border."""
+    border = padding(pixels.shape[1])
+    return F.pad(pixels, (0, 0, border, border, border, border))
 
 
 def cut(padded: Tensor, windows: tuple[Tensor, Tensor], window: Tensor) -> Tensor:
     """The views `window` (B, V) of padded images (B, 40, 40, 3): (V·B, 3, 32, 32), view fastest, channels last.
 
     One gather of whole pixels. It comes after normalising because a batch has 1600 B pixels before it and 4096 B after.
+    Of side 64 as of 32, with the tables of that side.
     """
     count, height, width, channels = padded.shape
     pattern, shift = windows
+    crops, side = len(shift) // len(pattern), math.isqrt(pattern.shape[1])
     first = torch.arange(count, device=padded.device, dtype=torch.int32) * (height * width)
     start = shift[window] + first.unsqueeze(1)  # B x V
-    pixel = pattern[window // SHIFTS**2] + start.unsqueeze(2)  # B x V x 1024
+    pixel = pattern[window // crops] + start.unsqueeze(2)  # B x V x 1024
     chosen = padded.reshape(-1, channels).index_select(0, pixel.flatten())
-    return chosen.view(-1, SIDE, SIDE, channels).permute(0, 3, 1, 2)
+    return chosen.view(-1, side, side, channels).permute(0, 3, 1, 2)
 
 
-def about_dataset(name: str) -> dict:
-    """A data set in plain values: its name, number of classes, side of the images, mean and deviation."""
-    mean, std = map(list, STATISTICS[name])
-    return {"dataset": name, "classes": NUM_CLASSES[name], "side": SIDE, "mean": mean, "std": std}
+class Data(NamedTuple):
+    """A data set in use."""
+
+    train: Images
+    val: Images  # which the best epoch is chosen on: held out by --val-fraction, or else the test images themselves
+    test: Images
 
 
-def load(args: Namespace, device: torch.device | str) -> tuple[Images, Images]:
-    """The training and the test split that the flags ask for (`flags.make_parser`, group "data").
+class Source(NamedTuple):
+    """A data set as it lies there, before the flags choose among its images."""
+
+    train: Split
+    test: Split
+    about: dict  # see `about_dataset`
+
+    @property
+    def statistics(self) -> tuple[list[float], list[float]]:
+        """Mean and standard deviation of the three channels, in [0, 1]."""
+        return self.about["mean"], self.about["std"]
+
+
+def load(args: Namespace, device: torch.device | str) -> Data:
+    """The images that the flags ask for (`flags.make_parser`, group "data").
 
     Raises:
         DataError: the files are missing or damaged and could not be downloaded; fewer images than asked for.
     """
-    name = args.dataset
-    if name == "synthetic":
-        print("data: synthetic shapes; accuracy means nothing", flush=True)
-    splits = []
-    for train, size in ((True, args.train_size), (False, args.test_size)):
-        if name == "synthetic":
-            pixels, labels = synthetic(train, size)
-        elif name == "cifar100":
-            pixels, labels = cifar100("train" if train else "test", Path(args.data_root), args.data_url)
-        else:
-            pixels, labels = _read(name, args.data_root, train, args.data_url)
-        if size is not None and size > len(pixels):
-            flag = "--train-size" if train else "--test-size"
-            raise DataError(f"{flag} {size}: {name} has {len(pixels)} such images; choose 1 to {len(pixels)}")
-        pixels, labels, kept = pixels[:size], labels[:size], None
-        if train and args.few_shot < 1:
-            kept = few_shot(labels, args.few_shot, args.seed)
-            pixels, labels = pixels[kept], labels[kept]
-        about = about_dataset(name) | ({} if train else {"tested": len(pixels)})
-        if train and args.label_noise > 0:
-            labels = label_noise(labels, args.label_noise, NUM_CLASSES[name], args.seed)
-        if train and args.batch_size > len(pixels):
-            warn(f"--batch-size {args.batch_size} is more than the {len(pixels)} training images: an epoch is one step")
-        splits.append(Images(pixels, labels, STATISTICS[name], device, args.batch_size, args.seed, about, kept))
-    return splits[0], splits[1]
+    source = read(args)
+    for split, size, flag in ((source.train, args.train_size, "train"), (source.test, args.test_size, "test")):
+        count = len(split.labels)
+        if size is not None and size > count:
+            raise DataError(f"--{flag}-size {size}: {args.dataset} has {count} such images; choose 1 to {count}")
+
+    def images(split: Split, rows: Tensor, **more: int) -> Images:
+        settings = args.batch_size, args.seed, source.about | more, rows
+        return Images(split.pixels[rows], split.labels[rows], source.statistics, device, *settings)
+
+    rows = sample(source.train.labels, args.train_size)
+    tested = sample(source.test.labels, args.test_size)
+    val = test = images(source.test, tested, tested=len(tested))
+    if args.val_fraction is not None:
+        held = held_out(source.train.labels[rows], args.val_fraction, args.seed)
+        if not len(held):
+            raise DataError(f"--val-fraction {args.val_fraction}: no class has two training images; use more of them")
+        val = images(source.train, rows[held], tested=len(held))
+        rows = rows[~torch.isin(rows, rows[held])]
+        print(f"data: the best epoch is chosen on {len(val)} held-out training images", flush=True)
+    if args.few_shot < 1:
+        rows = rows[few_shot(source.train.labels[rows], args.few_shot, args.seed)]
+    train = images(source.train, rows)
+    if args.label_noise > 0:
+        noisy = label_noise(source.train.labels[rows], args.label_noise, source.about["classes"], args.seed)
+        train.labels = noisy.to(device)
+    if args.batch_size > len(train):
+        more = f"--batch-size {args.batch_size} is more than the {len(train)} training images"
+        flags.warn(f"{more}: an epoch is one step")
+    return Data(train, val, test)
 
 
-def cifar100(split: str, root: Path, url: str | None = None) -> tuple[Tensor, Tensor]:
-    """CIFAR-100 from class folders below `root` if there are any, else from torchvision's archive, which it downloads.
-
-    Either way these are the same images in the same order, and their content is checked.
+def read(args: Namespace) -> Source:
+    """The data set of the flags `dataset`, `data_root`, `data_url` and `side`.
 
     Raises:
-        DataError: an image is missing, damaged, changed, in the wrong class or one too many.
+        DataError: as `load` says.
     """
-    folders = [root / name for name in ("cifar100", "CIFAR-100-dataset", ".")]
-    folder = next((folder for folder in folders if all((folder / half).is_dir() for half in CIFAR100)), None)
-    if folder is None:
-        pixels, labels = _read("cifar100", root, split == "train", url)
-        order, content = in_hash_order(pixels.numpy(), labels.numpy())
-        if content != CIFAR100[split][1]:
-            raise DataError(f"{root}: the archive's {split} split is not CIFAR-100's; put a good copy there")
-        return pixels[order], labels[order]
-    pixels, labels, order = _from_class_folders(folder / split, split, root / f"cifar100_{split}.npy")
-    return torch.from_numpy(pixels[order]), torch.from_numpy(labels[order].astype(np.int64))
+    name, root = args.dataset, Path(args.data_root)
+    if name == "folder":
+        folders = own_folders(root)
+        with alone(root):
+            splits = read_own_folders(folders, args.side or SIDE)
+        classes, side = len(folders.classes), splits["train"].pixels.shape[1]
+        return Source(**splits, about=_about(name, classes, side, statistics(splits["train"].pixels)))
+    if args.side not in (None, SIDE):
+        raise DataError(f"--side {args.side} is for --dataset folder; the images of {name} have {SIDE} × {SIDE} pixels")
+    if name == "synthetic":
+        print("data: synthetic shapes; accuracy means nothing", flush=True)
+        splits = {"train": synthetic(True, args.train_size), "test": synthetic(False, args.test_size)}
+        splits = {half: Split(*split) for half, split in splits.items()}
+    else:
+        url = args.data_url
+        with alone(root):
+            splits = read_cifar100(root, url) if name == "cifar100" else read_archive(name, root, url)
+    return Source(**splits, about=about_dataset(args))
 
 
-def in_hash_order(pixels: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, str]:
-    """An order of images that any source of them gives alike, and a name for their content.
+def about_dataset(args: Namespace, known: Mapping = MappingProxyType({})) -> dict:
+    """The data set in plain values: its name, number of classes, side of the images, mean and deviation.
 
-    Args:
-        pixels: (N, 32, 32, 3) uint8.
-        labels: (N,) below 256.
-
-    Returns:
-        The order by the SHA-256 of an image's bytes, ties by label: (N,). The SHA-256 over the sorted SHA-256 digests
-        of each image's bytes and label.
+    Those of class folders are taken from what is `known`, so that no image need be read.
     """
-    keys, contents = [], []
-    for image, label in zip(np.ascontiguousarray(pixels), labels.tolist(), strict=True):
-        sha256 = hashlib.sha256(image)
-        keys.append((sha256.digest(), label))
-        sha256.update(bytes([label]))
-        contents.append(sha256.digest())
-    order = sorted(range(len(keys)), key=keys.__getitem__)
-    return np.array(order), hashlib.sha256(b"".join(sorted(contents))).hexdigest()
+    name = args.dataset
+    if name == "folder":
+        return dict(known) if "mean" in known else read(args).about
+    return _about(name, NUM_CLASSES[name], SIDE, STATISTICS[name])
 
 
-def _from_class_folders(folder: Path, split: str, kept: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Pixels, labels and hash order of `folder`/CLASS/*.png, kept as the one file `kept` for the next time.
-
-    The file is checked like the images, so a damaged or half-written one is only made again.
-    """
-    count, expected = CIFAR100[split]
-    with contextlib.suppress(OSError, ValueError):
-        rows = np.load(kept)
-        pixels, labels = rows[:, :-1].reshape(-1, SIDE, SIDE, 3), rows[:, -1]
-        order, content = in_hash_order(pixels, labels)
-        if content == expected:
-            return pixels, labels, order
-    try:
-        images = tv.ImageFolder(str(folder))
-    except FileNotFoundError as error:  # no class, or one without an image
-        raise DataError(f"{folder}: {error}; CIFAR-100 has 100 classes with images in each") from error
-    each = Counter(label for _, label in images.samples)
-    uneven = [name for name, label in images.class_to_idx.items() if each[label] != count // 100]
-    if len(images.classes) != 100 or uneven:
-        what = f"{len(images.classes)} classes" if len(images.classes) != 100 else ""
-        what = what or f"{each[images.class_to_idx[uneven[0]]]} images of {uneven[0]}"
-        raise DataError(f"{folder} holds {what}; CIFAR-100 has 100 classes of {count // 100} images each there")
-    with ThreadPoolExecutor() as pool:  # Pillow decodes outside Python's lock
-        read = pool.map(_read_image, [path for path, _ in images.samples])
-        pixels = np.stack(list(tqdm(read, f"reading {folder}", count, unit=" images", leave=False, disable=_silent())))
-    labels = np.array([label for _, label in images.samples], np.uint8)
-    order, content = in_hash_order(pixels, labels)
-    if content != expected:
-        raise DataError(f"{folder}: an image is not CIFAR-100's or lies in the wrong class; fetch the folders again")
-    rows = np.concatenate([pixels.reshape(count, -1), labels[:, None]], 1)
-    with contextlib.suppress(OSError):  # a root that can't be written to is read again next time
-        part = kept.with_name(f".{kept.name}.{os.getpid()}.part.npy")
-        np.save(part, rows)
-        os.replace(part, kept)
-    return pixels, labels, order
+def _about(name: str, classes: int, side: int, moments: tuple) -> dict:
+    mean, std = map(list, moments)
+    return {"dataset": name, "classes": classes, "side": side, "mean": mean, "std": std}
 
 
-def _silent() -> bool | None:
-    return True if sys.stderr is None else None  # None: silent unless stderr is a terminal
+def num_classes(args: Namespace) -> int:
+    """Number of classes of the data set that the flags ask for, without reading it."""
+    return len(own_folders(Path(args.data_root)).classes) if args.dataset == "folder" else NUM_CLASSES[args.dataset]
 
 
-def _read_image(path: str) -> np.ndarray:
-    try:
-        with Image.open(path) as image:
-            pixels = np.asarray(image.convert("RGB"))
-    except Exception as error:  # Pillow raises many kinds for damaged files
-        raise DataError(f"{path} cannot be read as an image; fetch it again") from error
-    if pixels.shape != (SIDE, SIDE, 3):
-        raise DataError(f"{path} has {pixels.shape[1]} × {pixels.shape[0]} pixels; CIFAR-100's have 32 × 32")
-    return pixels
+def class_names(args: Namespace) -> list[str]:
+    """What the labels mean, in their order; nothing where they are numbers."""
+    return own_folders(Path(args.data_root)).classes if args.dataset == "folder" else CLASSES.get(args.dataset, [])
 
 
-def _read(name: str, root: str | Path, train: bool, url: str | None) -> tuple[Tensor, Tensor]:
-    """Pixels (N, 32, 32, 3) uint8 and labels (N,) through torchvision, which downloads and checks the files."""
-    dataset = {"cifar100": tv.CIFAR100, "cifar10": tv.CIFAR10, "fashion_mnist": tv.FashionMNIST}[name]
-    if url is not None:
-        mirror = {"mirrors": [url.rstrip("/") + "/"]} if name == "fashion_mnist" else {"url": url}
-        dataset = type(dataset.__name__, (dataset,), mirror)  # keeps the md5 sums; the name is part of the path
-    try:
-        data = dataset(str(root), train=train, download=True)
-    except Exception as error:  # torchvision, urllib, tarfile, gzip and pickle each raise their own
-        place = Path(root) / ("FashionMNIST/raw" if name == "fashion_mnist" else "")
-        files = "its four files, unpacked," if name == "fashion_mnist" else dataset.filename
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(
-            f"{name} could not be read from or downloaded to {root} ({reason}); put {files} into {place}, "
-            "or name a mirror with --data-url"
-        ) from error
-    pixels = torch.as_tensor(data.data)
-    if pixels.dim() == 3:  # grey 28 × 28 → three equal channels of 32 × 32
-        pixels = F.pad(pixels, (2, 2, 2, 2)).unsqueeze(3).expand(-1, -1, -1, 3).contiguous()
-    return pixels, torch.as_tensor(data.targets)
+def identity(args: Namespace) -> dict[str, str]:
+    """What identifies the data beside the flags: nothing, but for somebody's class folders what lies in them."""
+    return {"class_folders": listing(own_folders(Path(args.data_root)))} if args.dataset == "folder" else {}
 
 
 def synthetic(train: bool, size: int | None = None) -> tuple[Tensor, Tensor]:
@@ -414,10 +418,10 @@ def synthetic(train: bool, size: int | None = None) -> tuple[Tensor, Tensor]:
         are always the same.
     """
     count, rng = (10_000, np.random.default_rng(1)) if train else (2_000, np.random.default_rng(2))
-    labels = rng.permutation(np.arange(count) % 100)[:size]
-    # radius, place of the centre, phase of the texture, brightness, grey of the ground, shift of the hue
-    random = rng.random((count, 7), np.float32)[:size].T[..., None, None]
-    radius, wave = 9 + 4 * random[0], 2 * np.pi * random[3]
+    labels = rng.permuted(np.tile(np.arange(100), (count // 100, 1)), axis=1).ravel()[:size]  # each 100 a time in turn
+    # radius, place of the centre, phase of the texture, brightness, colour of the ground, shift of the hue
+    random = rng.random((count, 9), np.float32)[:size].T[..., None, None]
+    radius, wave = 5 + 6 * random[0], 2 * np.pi * random[3]
     y, x = np.mgrid[:SIDE, :SIDE].astype(np.float32)
     v, u = (
         (axis - radius - place * (SIDE - 1 - 2 * radius)) / radius for axis, place in ((y, random[1]), (x, random[2]))
@@ -447,3 +451,19 @@ def synthetic(train: bool, size: int | None = None) -> tuple[Tensor, Tensor]:
     picture = np.where(inside[..., None], shade[..., None] * colour, ground).astype(np.float32)
     picture += 0.04 * rng.standard_normal(picture.shape, np.float32)  # last: the first images do not depend on `size`
     return torch.from_numpy((picture.clip(0, 1) * 255).astype(np.uint8)), torch.from_numpy(labels)
+
+
+@entry(DataError)
+def main(argv: list[str] | None = None) -> None:
+    """Reads a data set, which downloads and checks it, and prints what it has."""
+    args = parse_args(argv)
+    source = read(args)
+    side, numbers = source.about["side"], [" ".join(f"{x:.4f}" for x in row) for row in source.statistics]
+    print(
+        f"{args.dataset}: {len(source.train.labels):,} training and {len(source.test.labels):,} test images, {side} × "
+        f"{side}, {source.about['classes']} classes; mean {numbers[0]}, deviation {numbers[1]}"
+    )
+
+
+if __name__ == "__main__":
+    main()

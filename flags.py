@@ -17,7 +17,7 @@ import importlib.util
 import math
 import re
 import signal
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -28,7 +28,8 @@ NETWORKS = (
     *("vgg8", "vgg11", "vgg13", "vgg16", "vgg19", "MobileNetV2", "ShuffleV1", "ShuffleV2"),
 )
 METHODS = ("kd", "fitnet", "at", "sp", "vid", "rkd", "pkt", "ab", "ft", "crd", "dkd", "ls")
-DATASETS = ("cifar100", "cifar10", "fashion_mnist", "synthetic")
+DATASETS = ("cifar100", "cifar10", "fashion_mnist", "synthetic", "folder")
+SIDES = (32, 64)
 PACKAGES = ("torch", "torchvision", "tensorboardX", "numpy", "tqdm")  # of requirements.txt
 
 # ------------------------------------------------------------------------------------- before PyTorch is imported
@@ -165,12 +166,12 @@ def make_parser(description: str) -> Parser:
     add("--milestones", **milestones, help="epochs after which the rate falls")
 
     add = parser.add_argument_group("data").add_argument
-    drawn = "synthetic needs no files; it only shows that all runs; a checkpoint that names its data set needs no flag"
-    add("--dataset", choices=DATASETS, default=Default("cifar100"), help=drawn)
-    add("--data-root", default="./data", metavar="DIR", help="where torchvision keeps the data sets")
-    add("--data-url", metavar="URL", help="a mirror of the data set's archive (its md5 is still checked)")
-    add("--train-size", type=count, metavar="N", help="train on the first N images only")
-    add("--test-size", type=count, metavar="N", help="test on the first N images only")
+    add_source(add)
+    add("--train-size", type=count, metavar="N", help="train on N images only, the first of every class")
+    add("--test-size", type=count, metavar="N", help="test on N images only, the first of every class")
+    held = "hold this share of every class out of training, drawn by the seed, and choose the best epoch on it; test "
+    held += "that epoch once, at the end. 0.1 is usual; teacher and student need the same seed to hold out the same"
+    add("--val-fraction", type=number(float, 0, 0.9, above=True), metavar="FRACTION", help=held)
     few = "train on this share of every class, drawn by the seed; the paper tries 0.25, 0.5, 0.75"
     add("--few-shot", type=number(float, 0, 1, above=True), default=1.0, metavar="FRACTION", help=few)
     noise = "give this share of the training images another label, drawn by the seed; the paper tries 0.1 to 0.5"
@@ -188,6 +189,18 @@ def make_parser(description: str) -> Parser:
     add("--experiments", default="experiments", metavar="DIR", help="folder of the run folders")
     add("--overwrite", action="store_true", help="delete what the run folder holds and start anew")
     return parser
+
+
+def add_source(add: Callable) -> None:
+    """Adds the flags that say which data set is read, and from where."""
+    drawn = "folder: your own class folders; synthetic needs no files, it only shows that all runs; a checkpoint that "
+    drawn += "names its data set needs no flag"
+    add("--dataset", choices=DATASETS, default=Default("cifar100"), help=drawn)
+    add("--data-root", default="./data", metavar="DIR", help="the folder of the data sets")
+    url = "a mirror of the data set's archive, file:// included (its md5 is still checked)"
+    add("--data-url", metavar="URL", help=url)
+    side = "with --dataset folder: the images' sides in pixels; shorter side resized, then the centre (default: 32)"
+    add("--side", type=int, choices=SIDES, help=side)
 
 
 def add_networks(parser: Parser) -> Callable:
@@ -225,23 +238,29 @@ def check_export(parser: Parser, args: argparse.Namespace) -> None:
         there = "is there already, and " if file.exists() else ""
         parser.error(f"--export {file}: {there}ends in neither .pt2 (torch.export) nor .onnx: name it so")
     needed = ("onnx", "onnxscript") if file.suffix == ".onnx" else ()
-    if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    if missing:
         names = " ".join(missing)
         parser.error(f"--export {file}: for ONNX PyTorch needs `pip install {names}`; a .pt2 file needs nothing")
 
 
-def use_dataset_of(args: argparse.Namespace, checkpoint: Any, num_classes: Mapping[str, int]) -> None:
+def use_dataset_of(args: argparse.Namespace, checkpoint: Any, num_classes: Callable[[argparse.Namespace], int]) -> None:
     """Sets `args.dataset` to what a checkpoint says of itself, unless the flag was given; warns if these differ.
 
-    `num_classes`: of each data set. Raises UserError if the checkpoint has another number of classes.
+    Of class folders it sets `args.side`, too. `num_classes`: of the data set that the flags ask for.
+    Raises UserError if the checkpoint has another number of classes.
     """
     file, told = checkpoint.file, checkpoint.about.get("dataset", args.dataset)
     if told != args.dataset and isinstance(args.dataset, Default):
-        if told not in num_classes:
+        if told not in DATASETS:
             raise UserError(f"{file}: it was trained on {told:.80}, a data set unknown here; give --dataset")
         args.dataset = told
         print(f"data: {told}, on which {file} says that it was trained", flush=True)
-    classes = num_classes[args.dataset]
+    if told == args.dataset == "folder":  # the classes are counted where the images are read, if they are
+        if args.side is None and checkpoint.about.get("side") in SIDES:
+            args.side = checkpoint.about["side"]
+        return
+    classes = num_classes(args)
     has = checkpoint.about.get("classes", classes)
     if has != classes:
         raise UserError(f"{file}: it was trained on {told:.80}, {has} classes; {args.dataset} has {classes}")
@@ -250,6 +269,7 @@ def use_dataset_of(args: argparse.Namespace, checkpoint: Any, num_classes: Mappi
 
 
 def data_name(args: argparse.Namespace) -> str:
-    """What a run folder's name says of few-shot and noisy data, e.g. `_few0.25_noise0.3`; nothing of all the data."""
-    few = f"_few{args.few_shot}" if args.few_shot < 1 else ""
+    """What a run folder's name says of held-out, few-shot and noisy data, e.g. `_val0.1_few0.25`; nothing of all."""
+    few = f"_val{args.val_fraction}" if args.val_fraction is not None else ""
+    few += f"_few{args.few_shot}" if args.few_shot < 1 else ""
     return few + (f"_noise{args.label_noise}" if args.label_noise else "")

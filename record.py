@@ -393,7 +393,7 @@ class Run:
         told = []
         for whose, each in (("", network), ("teacher_", teacher)):
             if each is not None:
-                params, multiply_adds = size_of(each)
+                params, multiply_adds = size_of(each, self.flags.get("side") or 32)
                 self.sizes |= {f"{whose}params": params, f"{whose}multiply_adds": multiply_adds}
                 told.append(f"{params / 1e6:.2f} M parameters, {multiply_adds / 1e6:.1f} M multiply-adds an image")
         print(f"network: {'; its teacher: '.join(told)}", flush=True)
@@ -498,13 +498,22 @@ class Run:
         pixels = (image.clamp(0, 1) * 255).round().byte().cpu().numpy()
         self._add_events(epoch, summary.image(tag, pixels, dataformats="CHW"))
 
-    def finish(self) -> None:
-        """Writes result.json: from now on the run is complete."""
+    @property
+    def best_checkpoint(self) -> Mapping:
+        """What `keep_best` was given after the best epoch."""
+        return self.files[self.best["name"]]
+
+    def finish(self, test_acc: float | None = None) -> None:
+        """Writes result.json: from now on the run is complete.
+
+        `test_acc` is the test accuracy of the best epoch, where that was chosen by another.
+        """
         self._check_lock()
         self._write_files()
         flags = {name: " ".join(map(str, v)) if isinstance(v, list) else v for name, v in self.flags.items()}
         result = {"best_acc": self.best["acc"], "best_epoch": self.best["epoch"], "last_acc": self.acc}
-        final = {f"final/{name}": result[name] for name in ("best_acc", "last_acc")}
+        result |= {} if test_acc is None else {"test_acc": test_acc}
+        final = {f"final/{name}": value for name, value in result.items() if name.endswith("_acc")}
         table = summary.hparams(flags, final)  # a row of TensorBoard's table of runs
         self._add_events(self.total, *table, *(summary.scalar(*item) for item in final.items()))
         self._events.close()
@@ -553,7 +562,10 @@ def _read_json(path: Path) -> dict:
 
 
 def _summary(result: dict) -> str:
-    return f"best accuracy {result['best_acc']:.2f} at epoch {result['best_epoch']}, last {result['last_acc']:.2f}"
+    best = f"accuracy {result['best_acc']:.2f} at epoch {result['best_epoch']}, last {result['last_acc']:.2f}"
+    if "test_acc" not in result:
+        return f"best {best}"
+    return f"test accuracy {result['test_acc']:.2f}, of the epoch with the best validation {best}"
 
 
 def _environment(device: torch.device) -> dict:

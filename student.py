@@ -70,8 +70,6 @@ from record import Run, entry, export
 from teacher_store import SSHeadFile, load_teacher, look_once, report_teacher, stored
 from wrapper import Wrapper, fold_batch_norms
 
-Data = tuple[cifar.Images, cifar.Images]  # training, test
-
 
 @entry(cifar.DataError, models.CheckpointError, models.ExportError)
 def main(argv: list[str] | None = None) -> None:
@@ -79,14 +77,15 @@ def main(argv: list[str] | None = None) -> None:
     path = args.s_path if args.s_path is not None else train(args)
     if args.export is not None:
         checkpoint = models.read(path, args.s_arch)
-        flags.use_dataset_of(args, checkpoint, cifar.NUM_CLASSES)
-        export(args.export, checkpoint, cifar.about_dataset(args.dataset))
+        flags.use_dataset_of(args, checkpoint, cifar.num_classes)
+        export(args.export, checkpoint, cifar.about_dataset(args, checkpoint.about))
 
 
 def train(args: Namespace) -> Path:
     """Steps 2 and 3, or what a stopped run left of them; returns the run's folder."""
-    checkpoint = load_teacher(args, cifar.NUM_CLASSES)
-    run = Run(run_folder(args, checkpoint.folder), args, teacher=checkpoint.fingerprint, t_features=stored(args))
+    checkpoint = load_teacher(args, cifar.num_classes)
+    more = {"teacher": checkpoint.fingerprint, "t_features": stored(args), **cifar.identity(args)}
+    run = Run(run_folder(args, checkpoint.folder), args, **more)
     if run.finished(product="student_best.pth" if args.export else None):
         return run.folder
     device = utils.pick_device(args.gpu_id)
@@ -95,11 +94,12 @@ def train(args: Namespace) -> Path:
     autocast = utils.precision(args.amp, device)
     teacher = Wrapper(checkpoint.network).to(device, memory_format=torch.channels_last)
     folded = fold_batch_norms(teacher)  # the teacher as both steps use it; the SS head is one and the same
-    look_once(args, checkpoint, folded.backbone, autocast, train=data[0], test=data[1])
+    held_out = "test" if data.val is data.test else "val"
+    look_once(args, checkpoint, folded.backbone, autocast, **{"train": data.train, held_out: data.val})
 
     # only now: whether there is space for the features is known
-    run.start(device, teacher=report_teacher(args, checkpoint, teacher.backbone, data[1], autocast))
-    run.tell_sizes(models.model_dict[args.s_arch](num_classes=cifar.NUM_CLASSES[args.dataset]), checkpoint.network)
+    run.start(device, teacher=report_teacher(args, checkpoint, teacher.backbone, data.test, autocast))
+    run.tell_sizes(models.model_dict[args.s_arch](num_classes=cifar.num_classes(args)), checkpoint.network)
     train_ss_head(args, run, folded, data, autocast, SSHeadFile(args, checkpoint, device))
     run.keep("teacher.pth", teacher.state_dict())  # written after an epoch, by when a continued run has the head again
     distil(args, run, folded, data, autocast)
@@ -120,10 +120,10 @@ def run_folder(args: Namespace, teacher: str) -> Path:
 
 
 def train_ss_head(
-    args: Namespace, run: Run, teacher: Wrapper, data: Data, autocast: Callable, kept: SSHeadFile
+    args: Namespace, run: Run, teacher: Wrapper, data: cifar.Data, autocast: Callable, kept: SSHeadFile
 ) -> None:
     """Trains the SS head of the frozen `teacher` on the contrastive task, unless an earlier student has left one."""
-    train_set, test_set = data
+    train_set, val_set = data.train, data.val
     head, device = teacher.proj_head, train_set.labels.device
     lines = [] if run.last else kept.read_into(head)  # a continued run has its head in last.pth
     if lines:
@@ -132,7 +132,7 @@ def train_ss_head(
     sgd = utils.SGD(head.parameters(), args.t_lr, args.t_milestones, args)
     features = None
     for epoch in run.epochs("ss_head", args.t_epoch, head=head, optimisation=sgd):
-        features = features or ss_test_features(teacher, test_set, autocast)
+        features = features or ss_test_features(teacher, val_set, autocast)
         batches = train_set.batches("ss_head", epoch, VIEWS, features=True)
         trained = utils.train_epoch(head, loss_of, batches, sgd, len(train_set), f"SS head epoch {epoch}")
         tested = test_ss_head(head, features, autocast, f"test after SS head epoch {epoch}")
@@ -180,33 +180,33 @@ def test_ss_head(head: nn.Module, features: list[Tensor], autocast: Callable, la
 # ------------------------------------------------------------------------------------------------- step 3: the student
 
 
-def distil(args: Namespace, run: Run, teacher: Wrapper, data: Data, autocast: Callable) -> None:
+def distil(args: Namespace, run: Run, teacher: Wrapper, data: cifar.Data, autocast: Callable) -> None:
     """Trains the student (backbone and SS head) on the four views of each image."""
-    train_set, test_set = data
+    train_set, val_set = data.train, data.val
     device = train_set.labels.device
     torch.manual_seed(args.seed)  # again: the student is the same whether the SS head was trained or read
-    student = Wrapper(models.model_dict[args.s_arch](num_classes=cifar.NUM_CLASSES[args.dataset]))
+    student = Wrapper(models.model_dict[args.s_arch](num_classes=train_set.about["classes"]))
     student.to(device, memory_format=torch.channels_last)
     loss_of = utils.compiled(make_loss(args, teacher, student, autocast), args.compile, device)
     sgd = utils.SGD(student.parameters(), args.lr, args.milestones, args)
     parts = {"student": student, "teacher_head": teacher.proj_head, "optimisation": sgd}
-    about = {"arch": args.s_arch} | test_set.about
+    about = {"arch": args.s_arch} | val_set.about
     for epoch in run.epochs("student", args.epoch, **parts):
         if epoch == 1:
             views = next(train_set.batches("student", epoch, VIEWS)).x[: 8 * VIEWS]
             run.show(epoch, "views", utils.views_image(train_set.brightness(views), VIEWS))
         batches = train_set.batches("student", epoch, VIEWS, features=True)
         trained = utils.train_epoch(student, loss_of, batches, sgd, len(train_set), f"student epoch {epoch}")
-        ce_loss, acc, top5 = utils.evaluate(student.backbone, test_set, autocast, f"test after student epoch {epoch}")
+        ce_loss, acc, top5 = utils.evaluate(student.backbone, val_set, autocast, f"test after student epoch {epoch}")
         tested = {"ce_loss": ce_loss, "cls_acc": acc, "cls_acc_top5": top5}
         run.log(epoch, len(train_set), train=trained | {"lr": sgd.lr}, val=tested)
         sgd.end_epoch()
         best = {"epoch": epoch, "state_dict": student.state_dict(), "best_acc": acc, "about": about}
         run.keep_best("student_best.pth", acc, best)
         if epoch in (1, args.epoch):
-            views = next(test_set.test_batches(VIEWS)).x
+            views = next(val_set.test_batches(VIEWS)).x
             run.show(epoch, "similarity/teacher_and_student", similarities(teacher, student, views, autocast))
-    run.finish()
+    run.finish(utils.test_of_best(student, run.best_checkpoint, data, autocast))
 
 
 def make_loss(args: Namespace, teacher: Wrapper, student: Wrapper, autocast: Callable) -> Callable:

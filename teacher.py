@@ -55,26 +55,27 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def train(args: Namespace) -> None:
-    run = Run(Path(args.experiments) / f"teacher_{args.arch}{flags.data_name(args)}_seed{args.seed}", args)
+    folder = Path(args.experiments) / f"teacher_{args.arch}{flags.data_name(args)}_seed{args.seed}"
+    run = Run(folder, args, **cifar.identity(args))
     if run.finished(product="best.pth"):
         return
     device = utils.pick_device(args.gpu_id)
-    train_set, test_set = cifar.load(args, device)
+    data = cifar.load(args, device)
+    train_set, about = data.train, {"arch": args.arch} | data.val.about
     utils.set_up(args.seed, device, args.deterministic)
 
-    model = models.model_dict[args.arch](num_classes=cifar.NUM_CLASSES[args.dataset])
-    check_network(model, args.arch, test_set.about["classes"], test_set.about["side"])
+    model = models.model_dict[args.arch](num_classes=about["classes"])
+    check_network(model, args.arch, about["classes"], about["side"])
     run.start(device)
     run.tell_sizes(model)
     model.to(device, memory_format=torch.channels_last)  # the layout in which convolutions are fastest
     autocast = utils.precision(args.amp, device)
     loss_of = utils.compiled(make_loss(model, autocast), args.compile, device)
     sgd = utils.SGD(model.parameters(), args.lr, args.milestones, args)
-    about = {"arch": args.arch} | test_set.about
     for epoch in run.epochs("teacher", args.epoch, model=model, optimisation=sgd):
         batches = train_set.batches("teacher", epoch, views=1)
         trained = utils.train_epoch(model, loss_of, batches, sgd, len(train_set), f"teacher epoch {epoch}")
-        loss, acc, top5 = utils.evaluate(model, test_set, autocast, f"test after teacher epoch {epoch}")
+        loss, acc, top5 = utils.evaluate(model, data.val, autocast, f"test after teacher epoch {epoch}")
         tested = {"cls_loss": loss, "cls_acc": acc, "cls_acc_top5": top5}
         run.log(epoch, len(train_set), train=trained | {"lr": sgd.lr}, val=tested)
         sgd.end_epoch()
@@ -82,7 +83,7 @@ def train(args: Namespace) -> None:
         run.keep_best("best.pth", acc, checkpoint)
         if epoch in args.milestones or epoch % args.save_interval == 0 or epoch == args.epoch:
             run.keep(f"{epoch:03d}.pth", checkpoint)
-    run.finish()
+    run.finish(utils.test_of_best(model, run.best_checkpoint, data, autocast))
 
 
 def make_loss(model: nn.Module, autocast: Callable) -> Callable:
@@ -100,17 +101,17 @@ def make_loss(model: nn.Module, autocast: Callable) -> Callable:
 def evaluate(args: Namespace) -> None:
     """Prints the test accuracy of any checkpoint that `models.load` reads."""
     checkpoint = models.read(args.evaluate, args.arch)
-    flags.use_dataset_of(args, checkpoint, cifar.NUM_CLASSES)
-    model = checkpoint.network(cifar.NUM_CLASSES[args.dataset])
+    flags.use_dataset_of(args, checkpoint, cifar.num_classes)
+    model = checkpoint.network(cifar.num_classes(args))
     device = utils.pick_device(args.gpu_id)
-    _, test_set = cifar.load(args, device)
+    test_set = cifar.load(args, device).test
     model.to(device, memory_format=torch.channels_last)
     autocast = utils.precision(args.amp, device)
     tested = utils.evaluate(model, test_set, autocast)
     top5 = "" if tested.acc_top5 is None else f", top-5 {tested.acc_top5:.2f} %,"
     print(f"test accuracy {tested.acc:.2f} %{top5} of {len(test_set)} images")
     if args.per_class:
-        names = cifar.CLASSES.get(args.dataset, ())
+        names = cifar.class_names(args)
         for label, count, acc in utils.class_accuracies(model, test_set, autocast):
             print(f"{label:>5}  {names[label] if names else '':16}{count:>6} images{acc:>8.2f} %")
 

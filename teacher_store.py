@@ -53,10 +53,11 @@ class TeacherCheckpoint(NamedTuple):
     acc: float | None = None  # the accuracy that its checkpoint reports
 
 
-def load_teacher(args: Namespace, num_classes: Mapping[str, int]) -> TeacherCheckpoint:
+def load_teacher(args: Namespace, num_classes: Callable[[Namespace], int]) -> TeacherCheckpoint:
     """The teacher at `args.t_path`, a finished run's folder or a checkpoint file, on the CPU.
 
-    The data set becomes the teacher's, unless `--dataset` was given. `num_classes`: of each data set.
+    The data set becomes the teacher's, unless `--dataset` was given.
+    `num_classes`: of the data set that the flags ask for.
 
     Raises:
         UserError: the run is not finished, or trained on another number of classes.
@@ -65,7 +66,7 @@ def load_teacher(args: Namespace, num_classes: Mapping[str, int]) -> TeacherChec
     refuse_unfinished(Path(args.t_path))
     file, arch, about, acc, _ = checkpoint = models.read(args.t_path, args.t_arch)
     use_dataset_of(args, checkpoint, num_classes)
-    network = checkpoint.network(num_classes[args.dataset])
+    network = checkpoint.network(num_classes(args))
     return TeacherCheckpoint(file, models.run_folder_of(file).name, network, fingerprint(network), arch, about, acc)
 
 
@@ -127,7 +128,8 @@ class SSHeadFile:
     def __init__(self, args: Namespace, teacher: TeacherCheckpoint, device: torch.device):
         flags = {name: getattr(args, name) for name in DEPENDS}
         flags |= {"features": "stored"} if stored(args) else {}
-        self.key = digest(flags | {"teacher": teacher.fingerprint, "device": device.type})
+        flags |= {name: value for name in ("side", "val_fraction") if (value := getattr(args, name)) is not None}
+        self.key = digest(flags | {"teacher": teacher.fingerprint, "device": device.type} | cifar.identity(args))
         self.path = teacher.file.parent / f"ss_head_{self.key}.pth"
 
     def read_into(self, head: nn.Module) -> list[dict[str, float]]:
@@ -196,6 +198,7 @@ def look_once(
     for split, images in splits.items():
         depends = {name: getattr(args, name) for name in ("dataset", "amp", "deterministic")}
         depends |= {"teacher": teacher.fingerprint, "device": images.labels.device.type, "split": split}
+        depends |= cifar.identity(args)
         key = digest(depends | {"statistics": [x[:3].tolist() for x in (images.mean, images.std)]})
         windows = torch.arange(len(images.windows[1])) if split == "train" else images.test_windows(VIEWS)
         file = teacher.file.parent / f"features_{key}.bin" if args.t_features == "disk" else None

@@ -8,7 +8,7 @@ import os
 import platform
 import random
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
@@ -260,6 +260,17 @@ def class_accuracies(model: nn.Module, images: Any, autocast: Callable) -> list[
         of_class = right[images.labels == label]
         rows.append((label, len(of_class), of_class.float().mean().item() * 100))
     return rows
+
+
+def test_of_best(model: nn.Module, checkpoint: Mapping, data: Any, autocast: Callable) -> float | None:
+    """Test accuracy (%) of the best epoch's `checkpoint`, read into `model` (a network, or one in a Wrapper).
+
+    None if the best epoch was chosen on the test images themselves: its accuracy is known.
+    """
+    if data.val is data.test:
+        return None
+    model.load_state_dict(checkpoint["state_dict"])
+    return evaluate(getattr(model, "backbone", model), data.test, autocast, "test of the best epoch").acc
 
 
 @torch.no_grad()

@@ -130,7 +130,7 @@ import student
 import teacher
 from experiments.runs import LOW_RATE
 from record import Stopped, entry, refuse_unfinished
-from teacher_store import SSHeadFile, TeacherCheckpoint, load_teacher
+from teacher_store import SSHeadFile, load_teacher
 
 # a script's parser, and what it asks for before it looks at any other flag
 NEEDED = ["--t-path", "-", "--s-arch", "resnet8"]
@@ -407,14 +407,9 @@ def ss_head(flags: list[str], device: torch.device) -> Path:
     """The file of the SS head that a command of student.py reads, or trains and leaves for others."""
     args = student.parse_args(flags)
     try:
-        return SSHeadFile(args, trained_teacher(args.t_path, cifar.NUM_CLASSES[args.dataset]), device).path
+        return SSHeadFile(args, load_teacher(args, cifar.num_classes), device).path
     except (UserError, models.CheckpointError):
         return Path(os.devnull)  # exists: the run may start, and will say what is wrong
-
-
-@functools.lru_cache(maxsize=4)
-def trained_teacher(path: str, num_classes: int) -> TeacherCheckpoint:
-    return load_teacher(path, None, num_classes)
 
 
 def work(script: str, flags: list[str], log: Path, folder: str) -> tuple[int, str]:

@@ -13,8 +13,8 @@ from conftest import SHORT, end_of, run_script
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import cifar
 import record
+import sources
 import student
 import teacher
 
@@ -51,6 +51,10 @@ BAD_FLAGS = [
     ("teacher.py", ["--arch", "resnet8", *SHORT, "--test-size", "0"], "--test-size: '0'"),
     ("teacher.py", ["--arch", "resnet8", *SHORT, "--few-shot", "0"], "--few-shot: '0'"),
     ("teacher.py", ["--arch", "resnet8", *SHORT, "--label-noise", "1.1"], "--label-noise: '1.1'"),
+    ("teacher.py", ["--arch", "resnet8", *SHORT, "--val-fraction", "0"], "--val-fraction: '0'"),
+    ("teacher.py", ["--arch", "resnet8", *SHORT, "--val-fraction", "0.5"], "no class has two training images"),
+    ("teacher.py", ["--arch", "resnet8", *SHORT, "--side", "64"], "--side 64 is for --dataset folder"),
+    ("teacher.py", ["--arch", "resnet8", "--dataset", "folder"], "train: no such folder; --data-root is to hold"),
     ("teacher.py", ["--evaluate", "nowhere"], "nowhere: no such file or folder"),
     ("student.py", ["--s-arch", "resnet8"], "--t-path is missing"),
     ("student.py", ["--t-path", "teacher_resnet8_seed0"], "--s-arch is missing; the known ones are resnet8, "),
@@ -213,7 +217,7 @@ def test_no_damage_to_a_checkpoint_ends_in_a_traceback(runs, tmp_path, data):
 
 
 def test_missing_and_corrupt_data_say_what_to_do(tmp_path, monkeypatch, fails):
-    monkeypatch.setattr(cifar.tv.CIFAR100, "url", "http://127.0.0.1:9/cifar-100-python.tar.gz")  # nobody answers
+    monkeypatch.setattr(sources.tv.CIFAR100, "url", "http://127.0.0.1:9/cifar-100-python.tar.gz")  # nobody answers
     flags = ["--arch", "resnet8", "--experiments", tmp_path / "runs", "--data-root", tmp_path / "data"]
     assert "put cifar-100-python.tar.gz into" in fails(teacher.main, *flags)
     (tmp_path / "data").mkdir(exist_ok=True)

@@ -1,18 +1,13 @@
-"""cifar.py against NumPy and torchvision."""
+"""cifar.py against NumPy and torchvision; what it reads is tested in test_sources.py."""
 
 import functools
-import gzip
-import hashlib
-import http.server
-import pickle
-import tarfile
-import threading
 from collections import Counter
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from hypothesis import given
+from hypothesis import strategies as st
 from torchvision.transforms import functional as tvf
 
 import cifar
@@ -34,7 +29,9 @@ def drawn_once():
 def load(name, root, *flags):
     """What `cifar.load` makes of the flags of a teacher."""
     args = teacher.parse_args(["--arch", "resnet8", "--dataset", name, "--data-root", str(root), *flags])
-    return cifar.load(args, "cpu")
+    data = cifar.load(args, "cpu")
+    assert data.val is data.test or args.val_fraction is not None
+    return data.train, data.test
 
 
 def images(count=10, batch_size=4, seed=3):
@@ -48,12 +45,13 @@ def decode(window):
 
 
 def expected_view(image, flip, turn, top, left):
-    """One view by torchvision and NumPy: (3, 32, 32) uint8."""
+    """One view of a side × side image by torchvision and NumPy: (3, side, side) uint8."""
+    side = len(image)
     picture = image.permute(2, 0, 1)
     if flip:
         picture = tvf.hflip(picture)
     picture = torch.from_numpy(np.rot90(picture.permute(1, 2, 0).numpy(), turn).copy()).permute(2, 0, 1)
-    return tvf.crop(tvf.pad(picture, 4), top, left, 32, 32)
+    return tvf.crop(tvf.pad(picture, side // 8), top, left, side, side)
 
 
 @pytest.mark.parametrize("turn", range(4))
@@ -65,6 +63,21 @@ def test_every_view_is_a_flip_a_rotation_and_a_crop(flip, turn):
     views = cifar.cut(cifar.pad(pixels), cifar.windows(), window[:, None])
     for i in range(81):
         assert torch.equal(views[i], expected_view(pixels[i], flip, turn, int(top[i]), int(left[i])))
+
+
+def test_images_of_64_pixels_have_17_times_17_crops():
+    pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (20, 64, 64, 3), dtype=np.uint8))
+    data = cifar.Images(pixels, torch.arange(20), cifar.STATISTICS["cifar100"], "cpu")
+    batch = next(data.batches("student", 1, 4))
+    per_turn = 17 * 17
+    assert len(data.windows[1]) == 8 * per_turn
+    for row, window in enumerate(batch.window.flatten().tolist()):
+        flip, turn, crop = window // per_turn // 4, window // per_turn % 4, window % per_turn
+        raw = expected_view(pixels[batch.rows[row // 4]], flip, turn, crop // 17, crop % 17)
+        assert torch.equal(batch.x[row], tvf.normalize(raw.float() / 255, *cifar.STATISTICS["cifar100"]))
+    whole = next(data.test_batches(1)).x
+    assert torch.equal(whole[3], tvf.normalize(tvf.to_tensor(pixels[3].numpy()), *cifar.STATISTICS["cifar100"]))
+    assert cifar.draw(4000, 4, 0, "student", 1, side=64).window.max() > 7.9 * per_turn
 
 
 @pytest.mark.parametrize("count_views", [1, 4])
@@ -158,227 +171,14 @@ def test_synthetic_data_is_always_the_same_and_balanced():
     assert not torch.equal(pixels[:2000], test_pixels)
 
 
-def test_sizes_keep_the_first_images():
+def test_sizes_keep_the_first_images_of_every_class():
     train, test = load("synthetic", "nowhere", "--train-size", "7", "--test-size", "3")
     assert torch.equal(train.pixels, cifar.synthetic(True)[0][:7])
     assert torch.equal(test.labels, cifar.synthetic(False)[1][:3])
+    assert len(set(train.labels.tolist())) == 7
+    assert train.index.tolist() == list(range(7))
     with pytest.raises(cifar.DataError, match="synthetic has 2000 such images"):
         load("synthetic", "nowhere", "--test-size", "2001")
-
-
-CLASSES = [f"class{i:02d}" for i in range(100)]
-
-
-def content_of(planes, numbers):
-    """What `in_hash_order` calls the content of images (N, 3072) by channel, reckoned anew."""
-    digests = []
-    for plane, number in zip(planes, numbers, strict=True):
-        image = plane.reshape(3, 1024).T.tobytes()  # height, width, channel
-        digests.append(hashlib.sha256(image + bytes([number])).digest())
-    return hashlib.sha256(b"".join(sorted(digests))).hexdigest()
-
-
-@pytest.fixture
-def tiny_cifar100(monkeypatch):
-    """{split: (planes (N, 3072), labels)} of a CIFAR-100 with two training images and a test image a class."""
-    rng = np.random.default_rng(0)
-    splits = {}
-    for split, count in (("train", 200), ("test", 100)):
-        planes, numbers = rng.integers(0, 256, (count, 3072), dtype=np.uint8), rng.permutation(count) % 100
-        splits[split] = planes, numbers.tolist()
-        monkeypatch.setitem(cifar.CIFAR100, split, (count, content_of(planes, numbers.tolist())))
-    return splits
-
-
-@pytest.fixture
-def class_folders(tiny_cifar100, tmp_path):
-    """The same as class folders of PNG files below a data root, in an order of their own; the data root."""
-    root = tmp_path / "folders"
-    for split, (planes, numbers) in tiny_cifar100.items():
-        for i, (plane, number) in enumerate(zip(planes, numbers, strict=True)):
-            place = root / "cifar100" / split / CLASSES[number]
-            place.mkdir(parents=True, exist_ok=True)
-            pixels = np.ascontiguousarray(plane.reshape(3, 32, 32).transpose(1, 2, 0))
-            Image.fromarray(pixels).save(place / f"{i * 7919 % 1000}.png")
-    return root
-
-
-@pytest.fixture
-def cifar100_archive(tiny_cifar100, tmp_path, monkeypatch):
-    """The same as an archive in torchvision's layout, whose md5 sums torchvision is told to expect."""
-    contents = {s: pickle.dumps({"data": x, "fine_labels": y}) for s, (x, y) in tiny_cifar100.items()}
-    contents["meta"] = pickle.dumps({"fine_label_names": CLASSES})
-    source = tmp_path / "mirror" / "cifar-100-python"
-    source.mkdir(parents=True)
-    for name, content in contents.items():
-        (source / name).write_bytes(content)
-    archive = tmp_path / "mirror" / "cifar-100-python.tar.gz"
-    with tarfile.open(archive, "w:gz") as tar:
-        tar.add(source, "cifar-100-python")
-
-    def md5(content):
-        return hashlib.md5(content).hexdigest()
-
-    dataset = cifar.tv.CIFAR100
-    monkeypatch.setattr(dataset, "url", "file:///nowhere/cifar-100-python.tar.gz")
-    monkeypatch.setattr(dataset, "tgz_md5", md5(archive.read_bytes()))
-    monkeypatch.setattr(dataset, "train_list", [["train", md5(contents["train"])]])
-    monkeypatch.setattr(dataset, "test_list", [["test", md5(contents["test"])]])
-    monkeypatch.setattr(dataset, "meta", {"filename": "meta", "key": "fine_label_names", "md5": md5(contents["meta"])})
-    return archive
-
-
-def test_an_archive_put_into_the_data_root_is_read(cifar100_archive, tiny_cifar100, tmp_path):
-    root = tmp_path / "data"
-    root.mkdir()
-    (root / cifar100_archive.name).write_bytes(cifar100_archive.read_bytes())
-    for images, (planes, numbers) in zip(load("cifar100", root), tiny_cifar100.values(), strict=True):
-        pixels = [np.ascontiguousarray(plane.reshape(3, 32, 32).transpose(1, 2, 0)) for plane in planes]
-        order = sorted(range(len(pixels)), key=lambda i: hashlib.sha256(pixels[i].tobytes()).hexdigest())
-        assert np.array_equal(images.pixels.numpy(), np.stack([pixels[i] for i in order]))
-        assert images.labels.tolist() == [numbers[i] for i in order]
-
-
-@pytest.mark.parametrize("place", ["cifar100", "CIFAR-100-dataset", "."])
-def test_class_folders_are_the_same_data_set_as_the_archive(place, class_folders, cifar100_archive, tmp_path, capfd):
-    root = tmp_path / "data"
-    root.mkdir()
-    (root / cifar100_archive.name).write_bytes(cifar100_archive.read_bytes())
-    archive = load("cifar100", root)
-    if place == ".":
-        class_folders = class_folders / "cifar100"
-    else:
-        (class_folders / "cifar100").rename(class_folders / place)
-    capfd.readouterr()
-    first, second = load("cifar100", class_folders), load("cifar100", class_folders)  # read, and read from the one file
-    assert {path.name for path in class_folders.glob("*.npy")} == {"cifar100_train.npy", "cifar100_test.npy"}
-    for images in zip(archive, first, second, strict=True):
-        for other in images[1:]:
-            assert torch.equal(images[0].pixels, other.pixels)
-            assert torch.equal(images[0].labels, other.labels)
-    assert capfd.readouterr() == ("", "")
-
-
-def test_the_second_start_reads_no_image(class_folders, monkeypatch):
-    first = load("cifar100", class_folders)
-    monkeypatch.setattr(cifar, "_read_image", None)
-    assert torch.equal(load("cifar100", class_folders)[0].pixels, first[0].pixels)
-
-
-@pytest.mark.parametrize("damage", ["cut", "flipped", "other shape", "text"])
-def test_a_damaged_file_of_all_images_is_made_again(damage, class_folders):
-    expected = load("cifar100", class_folders)[0].pixels
-    kept = class_folders / "cifar100_train.npy"
-    good = kept.read_bytes()
-    rows = np.load(kept)
-    if damage == "other shape":
-        np.save(kept, rows[:, :100])
-    else:
-        flipped = good[:5000] + bytes([good[5000] ^ 1]) + good[5001:]
-        kept.write_bytes({"cut": good[: len(good) // 2], "flipped": flipped, "text": b"text"}[damage])
-    assert torch.equal(load("cifar100", class_folders)[0].pixels, expected)
-    assert kept.read_bytes() == good
-
-
-def test_a_root_that_cannot_be_written_to_is_read_each_time(class_folders, monkeypatch):
-    def read_only(*_):
-        raise OSError(30, "Read-only file system")
-
-    monkeypatch.setattr(np, "save", read_only)
-    assert len(load("cifar100", class_folders)[0]) == 200
-    assert not list(class_folders.glob("*.npy"))
-
-
-@pytest.mark.parametrize(
-    ("change", "says"),
-    [
-        ("missing", "holds 1 images of class05; CIFAR-100 has 100 classes of 2 images each there"),
-        ("extra", "holds 3 images of class05"),
-        ("no image", "class05"),
-        ("no class", "holds 99 classes"),
-        ("damaged", "cannot be read as an image; fetch it again"),
-        ("larger", "has 40 × 30 pixels; CIFAR-100's have 32 × 32"),
-        ("changed", "an image is not CIFAR-100's or lies in the wrong class"),
-        ("exchanged", "an image is not CIFAR-100's or lies in the wrong class"),
-    ],
-)
-def test_class_folders_that_are_not_cifar100_are_told(change, says, class_folders):
-    train = class_folders / "cifar100" / "train"
-    first, second = sorted((train / "class05").iterdir())
-    other = min((train / "class06").iterdir())
-    if change == "missing":
-        first.unlink()
-    elif change == "extra":
-        (train / "class05" / "more.png").write_bytes(other.read_bytes())
-    elif change in ("no image", "no class"):
-        first.unlink(), second.unlink()
-        if change == "no class":
-            (train / "class05").rmdir()
-    elif change == "damaged":
-        first.write_bytes(first.read_bytes()[:500])
-    elif change == "larger":
-        Image.new("RGB", (40, 30)).save(first)
-    elif change == "changed":
-        pixels = np.array(Image.open(first))
-        pixels[3, 4, 1] ^= 1
-        Image.fromarray(pixels).save(first)
-    else:
-        a, b = first.read_bytes(), other.read_bytes()
-        first.write_bytes(b), other.write_bytes(a)
-    with pytest.raises(cifar.DataError, match=says):
-        load("cifar100", class_folders)
-    assert not list(class_folders.glob("*.npy"))
-
-
-@pytest.fixture
-def mirror(cifar100_archive):
-    """A web server on this machine with the archive; its address."""
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(cifar100_archive.parent))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}/cifar-100-python.tar.gz"
-        server.shutdown()
-
-
-def test_a_mirror_serves_the_archive(mirror, tmp_path, capfd):
-    train, _ = load("cifar100", tmp_path / "data", "--data-url", mirror)
-    assert len(train) == 200
-
-
-def test_missing_data_says_where_the_archive_goes(cifar100_archive, tmp_path, capfd):
-    with pytest.raises(cifar.DataError, match=r"cifar-100-python\.tar\.gz.*--data-url"):
-        load("cifar100", tmp_path / "empty")
-
-
-def test_a_mirror_with_other_content_is_refused(cifar100_archive, mirror, tmp_path, capfd):
-    cifar100_archive.write_bytes(cifar100_archive.read_bytes() + b"more")
-    with pytest.raises(cifar.DataError, match="corrupted"):
-        load("cifar100", tmp_path / "data", "--data-url", mirror)
-
-
-def fashion_file(path, magic, shape, values):
-    header = magic.to_bytes(4, "big") + b"".join(n.to_bytes(4, "big") for n in shape)
-    path.write_bytes(header + values.tobytes())
-
-
-def test_fashion_mnist_becomes_32_pixels_and_three_equal_channels(tmp_path):
-    raw = tmp_path / "FashionMNIST" / "raw"
-    raw.mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    grey = rng.integers(0, 256, (5, 28, 28), dtype=np.uint8)
-    for split in ("train", "t10k"):
-        fashion_file(raw / f"{split}-images-idx3-ubyte", 2051, (5, 28, 28), grey)
-        fashion_file(raw / f"{split}-labels-idx1-ubyte", 2049, (5,), np.arange(5, dtype=np.uint8))
-    train, _ = load("fashion_mnist", tmp_path)
-    expected = np.pad(grey, ((0, 0), (2, 2), (2, 2)))
-    for channel in range(3):
-        assert np.array_equal(train.pixels[..., channel].numpy(), expected)
-    assert train.labels.tolist() == [0, 1, 2, 3, 4]
-
-    with gzip.open(raw / "train-images-idx3-ubyte", "wb") as file:  # not what it should be
-        file.write(b"damaged")
-    with pytest.raises(cifar.DataError, match="fashion_mnist could not be read"):
-        load("fashion_mnist", tmp_path)
 
 
 @pytest.mark.parametrize("fraction", [0.25, 0.5, 0.75])
@@ -420,3 +220,59 @@ def test_label_noise_gives_exactly_that_share_another_label(fraction):
     assert not torch.equal(train.labels, other.labels)
     assert torch.equal(train.pixels, cifar.synthetic(True)[0])
     assert torch.equal(test.labels, cifar.synthetic(False)[1])
+
+
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=40), st.integers(1, 40))
+def test_a_sample_is_fair_and_takes_the_first_images(labels, size):
+    size = min(size, len(labels))
+    kept = cifar.sample(torch.tensor(labels), size).tolist()
+    assert kept == sorted(set(kept))
+    assert len(kept) == size
+    counts = Counter(labels[i] for i in kept)
+    for label in set(labels):
+        of_class = [i for i, x in enumerate(labels) if x == label]
+        assert [i for i in kept if labels[i] == label] == of_class[: counts[label]]
+        assert counts[label] == len(of_class) or counts[label] >= max(counts.values()) - 1  # all of it, or a fair share
+    prefix = Counter(labels[:size])
+    if len(prefix) == len(set(labels)) and max(prefix.values()) - min(prefix.values()) <= 1:
+        assert kept == list(range(size))
+
+
+def val_split(*flags):
+    args = teacher.parse_args(["--arch", "resnet8", "--dataset", "synthetic", *flags])
+    return cifar.load(args, "cpu")
+
+
+def test_the_same_share_of_every_class_is_held_out():
+    whole = val_split()
+    data = val_split("--val-fraction", "0.1")
+    assert Counter(data.val.labels.tolist()) == dict.fromkeys(range(100), 10)
+    assert Counter(data.train.labels.tolist()) == dict.fromkeys(range(100), 90)
+    assert sorted(data.train.index.tolist() + data.val.index.tolist()) == list(range(10_000))
+    for images in (data.train, data.val):
+        assert torch.equal(images.pixels, whole.train.pixels[images.index])
+        assert torch.equal(images.labels, whole.train.labels[images.index])
+    assert torch.equal(data.test.pixels, whole.test.pixels)
+    assert torch.equal(val_split("--val-fraction", "0.1").val.index, data.val.index)
+    assert not torch.equal(val_split("--val-fraction", "0.1", "--seed", "1").val.index, data.val.index)
+
+
+def test_images_are_held_out_before_few_shot_and_label_noise():
+    data = val_split("--val-fraction", "0.1")
+    few = val_split("--val-fraction", "0.1", "--few-shot", "0.5", "--label-noise", "0.5")
+    assert torch.equal(few.val.index, data.val.index)
+    assert torch.equal(few.val.labels, data.val.labels)
+    assert Counter(val_split("--val-fraction", "0.1", "--few-shot", "0.5").train.labels.tolist()) == dict.fromkeys(
+        range(100), 45
+    )
+    assert not set(few.train.index.tolist()) & set(few.val.index.tolist())
+    true = cifar.synthetic(True)[1][few.train.index]
+    assert (few.train.labels != true).sum() == 2250
+
+
+def test_a_class_keeps_an_image_to_train_on():
+    data = val_split("--train-size", "150", "--val-fraction", "0.9")
+    assert len(set(data.train.labels.tolist())) == 100
+    assert len(data.val) == 50
+    with pytest.raises(cifar.DataError, match="--val-fraction 0.5: no class has two training images"):
+        val_split("--train-size", "100", "--val-fraction", "0.5")

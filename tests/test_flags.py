@@ -18,7 +18,7 @@ import models
 import student
 import teacher
 
-SCRIPTS = ["teacher.py", "student.py", "baseline.py"]
+SCRIPTS = ["teacher.py", "student.py", "baseline.py", "cifar.py"]
 SCRIPTS += ["experiments/bench.py", "experiments/plot.py", "experiments/sweep.py"]
 ENTRIES = SCRIPTS[:3]
 ALL = [*SCRIPTS, "experiments/table.py"]  # the last needs nothing but Python itself
@@ -27,7 +27,7 @@ ALL = [*SCRIPTS, "experiments/table.py"]  # the last needs nothing but Python it
 def test_the_names_that_flags_take_are_those_that_there_are():
     assert tuple(models.model_dict) == flags.NETWORKS
     assert tuple(methods.METHODS) == flags.METHODS
-    assert tuple(cifar.STATISTICS) == flags.DATASETS
+    assert (*cifar.STATISTICS, "folder") == flags.DATASETS
 
 
 def test_help_shows_the_defaults_that_there_are(capsys):

@@ -143,7 +143,32 @@ def test_a_network_that_could_be_no_teacher_is_refused_before_it_is_trained(tmp_
         def forward(self, x):  # no is_feat
             return super().forward(x)
 
-    monkeypatch.setitem(models.model_dict, "mine", lambda num_classes: Lacking(8, (16, 16, 32, 64), num_classes))
-    line = fails(teacher.main, "--arch", "mine", *TINY, "--experiments", tmp_path)
-    assert "mine fails on two images, with is_feat=True or without:" in line
+    monkeypatch.setitem(models.model_dict, "resnet8", lambda num_classes: Lacking(8, (16, 16, 32, 64), num_classes))
+    line = fails(teacher.main, "--arch", "resnet8", *TINY, "--experiments", tmp_path)
+    assert "resnet8 fails on two images, with is_feat=True or without:" in line
     assert not any(tmp_path.iterdir())
+
+
+def test_the_best_epoch_on_held_out_images_is_tested_once(tmp_path, capsys):
+    sizes = ["--train-size", "200", "--test-size", "100", "--val-fraction", "0.5"]
+    teacher.main(["--arch", "resnet8", *TINY, *sizes, "--experiments", str(tmp_path)])
+    last = capsys.readouterr().out.splitlines()[-1]
+    folder = tmp_path / "teacher_resnet8_val0.5_seed0"
+    result = json.loads((folder / "result.json").read_text())
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert result["best_acc"] == max(line["val/cls_acc"] for line in lines)
+    told = f"test accuracy {result['test_acc']:.2f}, of the epoch with the best validation accuracy"
+    assert (
+        last
+        == f"finished: {told} {result['best_acc']:.2f} at epoch {result['best_epoch']}, last {result['last_acc']:.2f}"
+    )
+    best = torch.load(folder / "ckpt" / "best.pth", weights_only=True)
+    data = cifar.load(teacher.parse_args(["--arch", "resnet8", *TINY, *sizes]), "cpu")
+    network = models.load(folder).eval()
+    for images, reported in ((data.test, result["test_acc"]), (data.val, best["acc"])):
+        batches = list(images.test_batches(1))
+        right = [network(batch.x).argmax(1) == batch.target for batch in batches]
+        assert torch.cat(right).double().mean() * 100 == pytest.approx(reported)
+    (folder / "result.json").unlink()  # as if it had been killed after its last epoch
+    teacher.main(["--arch", "resnet8", *TINY, *sizes, "--experiments", str(tmp_path)])
+    assert json.loads((folder / "result.json").read_text())["test_acc"] == result["test_acc"]

@@ -225,7 +225,7 @@ def split_of(count=6, kept=slice(None), seed=0):
     """Some images of a split of `count`."""
     pixels, labels = cifar.synthetic(True, count)
     index = torch.arange(count)[kept]
-    return cifar.Images(pixels[index], labels[index], cifar.STATISTICS["synthetic"], "cpu", 4, seed, index)
+    return cifar.Images(pixels[index], labels[index], cifar.STATISTICS["synthetic"], "cpu", 4, seed, index=index)
 
 
 def opened(where, images, folder, *flags, eyes=None, teacher="teacher"):
