@@ -145,11 +145,10 @@ def test_one_teacher_may_serve_all_seeds(listed):
 def test_trained_teachers_are_taken_as_they_are(listed, tmp_path, fails):
     for name in ("teacher_resnet20_seed1/ckpt", "teacher_resnet20", "vgg13_vanilla", "teacher_vgg8_seed0/ckpt"):
         (tmp_path / name).mkdir(parents=True)
-    (tmp_path / "vgg13_vanilla" / "ckpt_epoch_240.pth").touch()
     pairs = ["--teachers", str(tmp_path), "--pairs", "resnet20:resnet8", "vgg13:resnet8"]
     jobs = listed(*pairs, "--seeds", "0", "1")
     assert {name for name, _ in jobs} == {"student.py"}
-    vgg13 = tmp_path / "vgg13_vanilla" / "ckpt_epoch_240.pth"
+    vgg13 = tmp_path / "vgg13_vanilla"
     resnet20 = [tmp_path / "teacher_resnet20", tmp_path / "teacher_resnet20_seed1"]
     assert [args.t_path for _, args in jobs] == list(map(str, [resnet20[0], vgg13, resnet20[1], vgg13]))
     assert listed(*pairs, "--teacher-seed", "1")[0][1].t_path == str(resnet20[1])
