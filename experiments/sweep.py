@@ -214,7 +214,7 @@ def make_jobs(args: Namespace) -> list[Job]:
             if method != "alone":
                 path, job = teachers[t_arch, seed]
                 networks = ["--t-path", str(path), "--s-arch", s_arch]
-                name += f"_{path.parent.name if path.is_file() else path.name}"
+                name += f"_{path.name}"
             script, own = script_of(method)
             for folder, varied in points(args, method):
                 flags = flags_of(args, script, networks, seed, [*own, *varied], folder)
@@ -271,12 +271,11 @@ def flags_of(
 
 
 def find_teacher(folder: Path, arch: str, seed: int) -> Path:
-    """The run folder of a trained network in `folder`, the one of this seed before any other; or a lone checkpoint."""
+    """The folder of a trained network in `folder`, the one of this seed before any other."""
     names = [f"teacher_{arch}_seed{seed}", f"{arch}_seed{seed}", f"teacher_{arch}", f"{arch}_vanilla", arch]
     for path in filter(Path.is_dir, (folder / name for name in names)):
         refuse_unfinished(path)
-        files = [file for file in path.iterdir() if file.is_file() and file.suffix in (".pth", ".pt")]
-        return files[0] if len(files) == 1 else path  # as downloaded: ckpt_epoch_240.pth
+        return path
     raise UserError(f"--teachers {folder}: no {arch} of seed {seed} there; looked for the folders {', '.join(names)}")
 
 
@@ -408,7 +407,7 @@ def ss_head(flags: list[str], device: torch.device) -> Path:
     args = student.parse_args(flags)
     try:
         return SSHeadFile(args, load_teacher(args, cifar.num_classes), device).path
-    except (UserError, models.CheckpointError):
+    except (UserError, models.CheckpointError, cifar.DataError):
         return Path(os.devnull)  # exists: the run may start, and will say what is wrong
 
 
