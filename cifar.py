@@ -418,10 +418,10 @@ def synthetic(train: bool, size: int | None = None) -> tuple[Tensor, Tensor]:
         are always the same.
     """
     count, rng = (10_000, np.random.default_rng(1)) if train else (2_000, np.random.default_rng(2))
-    labels = rng.permuted(np.tile(np.arange(100), (count // 100, 1)), axis=1).ravel()[:size]  # each 100 a time in turn
-    # radius, place of the centre, phase of the texture, brightness, colour of the ground, shift of the hue
-    random = rng.random((count, 9), np.float32)[:size].T[..., None, None]
-    radius, wave = 5 + 6 * random[0], 2 * np.pi * random[3]
+    labels = rng.permuted(np.tile(np.arange(100), (count // 100, 1)), axis=1).ravel()[:size]  # every 100 hold each once
+    # radius, place of the centre, phase of the texture, brightness, grey of the ground, shift of the hue
+    random = rng.random((count, 7), np.float32)[:size].T[..., None, None]
+    radius, wave = 9 + 4 * random[0], 2 * np.pi * random[3]
     y, x = np.mgrid[:SIDE, :SIDE].astype(np.float32)
     v, u = (
         (axis - radius - place * (SIDE - 1 - 2 * radius)) / radius for axis, place in ((y, random[1]), (x, random[2]))
