@@ -46,12 +46,12 @@ published() {
   python student.py --t-path experiments/teacher_wrn_40_2_seed0 --s-arch ShuffleV1 --lr 0.01
 }
 
-demo() { # a teacher that has seen 2,000 drawn images; a student that has seen a quarter of them, alone and with SSKD
-  local images="--dataset synthetic --train-size 2000 --test-size 1000 --batch-size 32 --experiments experiments/demo"
-  local quarter="--few-shot 0.25 --epoch 16 --milestones 10 14"
+demo() { # a teacher that has seen 2,000 drawn images, and a student that has seen 200 of them, alone and with SSKD
+  local images="--dataset synthetic --train-size 2000 --test-size 500 --batch-size 16 --experiments experiments/demo"
+  local tenth="--few-shot 0.1 --epoch 40 --milestones 25 35"
   python teacher.py --arch resnet14 $images --epoch 8 --milestones 5 7
-  python teacher.py --arch resnet8 $images $quarter
-  python student.py --t-path experiments/demo/teacher_resnet14_seed0 --s-arch resnet8 $images $quarter --t-epoch 3 --t-milestones 2
+  python teacher.py --arch resnet8 $images $tenth
+  python student.py --t-path experiments/demo/teacher_resnet14_seed0 --s-arch resnet8 $images $tenth --t-epoch 5 --t-milestones 4
 }
 
 die() { # MESSAGE
