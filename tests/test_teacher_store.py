@@ -490,7 +490,7 @@ def test_memory_and_disk_give_the_same_student_which_either_continues(runs, tmp_
     for of_stored, of_computed in zip(*logs, strict=True):
         assert of_stored.keys() == of_computed.keys()
         losses = [tag for tag in of_stored if tag.endswith("loss")]
-        assert [of_stored[tag] for tag in losses] == pytest.approx([of_computed[tag] for tag in losses], rel=1e-3)
+        assert [of_stored[tag] for tag in losses] == pytest.approx([of_computed[tag] for tag in losses], rel=5e-3)
     (folder,) = (tmp_path / "compute").iterdir()
     flags = ["--t-path", str(teacher), *FEW, "--experiments", str(folder.parent), "--t-features", "disk"]
     assert end_of(student.main, flags) == 2
