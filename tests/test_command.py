@@ -344,21 +344,15 @@ def test_an_environment_without_python_is_told(place):
     assert done.stderr.startswith("command.sh: there is no /nowhere/bin/python")
 
 
-@pytest.mark.parametrize(
-    ("line", "lacks"),
-    [
-        ("numpy>=1.2", False),
-        ("numpy[extra]>=1.2,<99 ; python_version > '3'", False),
-        ("numpy>=99.1", True),
-        ("no-such-package>=0.1", True),
-        ("# no-such-package>=0.1", False),
-    ],
-)
-def test_what_an_environment_lacks_is_told_by_name_and_version(place, line, lacks):
+def test_what_an_environment_lacks_is_told_by_name_and_version(place):
     root, run = place
-    (root / "requirements.txt").write_text(f"-r other.txt\n{line}\n")
+    there = ["-r other.txt", "# absent>=1.0", "numpy>=1.2", "numpy[extra]>=1.2,<99 ; python_version > '3'"]
+    not_there = ["numpy>=99.1", "no-such-package>=0.1"]
     python = root / "env" / "bin" / "python"
     python.write_text(f'#!/bin/sh\ncase $1 in -*) exec "{sys.executable}" "$@" ;; esac\n')  # runs no script
+    (root / "requirements.txt").write_text("\n".join(there))
+    assert run("demo").returncode == 0
+    (root / "requirements.txt").write_text("\n".join(there + not_there))
     done = run("demo")
-    assert done.returncode == (2 if lacks else 0)
-    assert f"lacks {line.partition('>')[0]}: " in done.stderr if lacks else done.stderr == ""
+    assert done.returncode == 2
+    assert "lacks numpy no-such-package: " in done.stderr
