@@ -305,7 +305,9 @@ class MemoryTable:
         if device.type == "cuda" and size <= 0.75 * torch.cuda.mem_get_info(device)[0]:  # the rest is for training
             self.words = torch.zeros(count, width, dtype=torch.int16, device=device)
         elif size <= 0.75 * free:
-            self.words = torch.from_numpy(np.zeros((count, width), np.int16))  # takes memory only where it is written
+            # takes memory only where it is written; NumPy's zeros would be huge pages, soon all of them written to
+            mapped = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            self.words = torch.frombuffer(mapped, dtype=torch.int16).view(count, width)
         else:
             raise UserError(
                 f"--t-features memory: the features take {_gb(size)}, and of the {_gb(free)} of memory that are free "
