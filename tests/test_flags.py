@@ -19,7 +19,7 @@ import student
 import teacher
 
 SCRIPTS = ["teacher.py", "student.py", "baseline.py", "cifar.py"]
-SCRIPTS += ["experiments/bench.py", "experiments/plot.py", "experiments/sweep.py"]
+SCRIPTS += [f"experiments/{name}.py" for name in ("bench", "plot", "probe", "similarity", "sweep")]
 ENTRIES = SCRIPTS[:3]
 ALL = [*SCRIPTS, "experiments/table.py"]  # the last needs nothing but Python itself
 
