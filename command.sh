@@ -146,7 +146,8 @@ case "$*" in
     "$interpreter" experiments/table.py experiments/demo --dataset synthetic && cat <<'END'
 
 What it shows: all three steps run here, and SSKD's student is above the same network, trained alone on the same 200
-images (and below its teacher, which saw all 2,000). Seeds 0 to 4 gave 48.2 ± 3.2 against 34.7 ± 3.6, gains from 6 to 21 points.
+images (and below its teacher, which saw all 2,000). Seeds 0 to 4 gave 48.2 ± 3.2 against 34.7 ± 3.6, and a gain of 6
+to 21 points in each.
 What it does not show: how SSKD compares with other distillation, or anything about photographs; these are drawn shapes.
 END
     ;;
