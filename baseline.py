@@ -72,12 +72,12 @@ def main(argv: list[str] | None = None) -> None:
     folder = train(args)
     if args.export is not None:
         checkpoint = models.read(folder, args.s_arch)
-        export(args.export, checkpoint, cifar.about_dataset(args, checkpoint.about))
+        export(args.export, checkpoint.exported(cifar.about_dataset(args, checkpoint.about), args.export))
 
 
 def train(args: Namespace) -> Path:
     """Trains the student, or what a stopped run left of it; returns the run's folder."""
-    checkpoint = load_teacher(args, cifar.num_classes)
+    checkpoint = load_teacher(args)
     more = {"teacher": checkpoint.fingerprint, "t_features": stored(args), **cifar.identity(args)}
     run = Run(run_folder(args, checkpoint.folder), args, **more)
     if run.finished(product="student_best.pth" if args.export else None):

@@ -28,7 +28,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -395,6 +395,33 @@ def _about(name: str, classes: int, side: int, moments: tuple) -> dict:
 def num_classes(args: Namespace) -> int:
     """Number of classes of the data set that the flags ask for, without reading it."""
     return len(own_folders(Path(args.data_root)).classes) if args.dataset == "folder" else NUM_CLASSES[args.dataset]
+
+
+def use_dataset_of(args: Namespace, checkpoint: Any) -> None:
+    """Sets `args.dataset` to what a checkpoint says of itself, unless the flag was given; warns if these differ.
+
+    Of class folders it sets `args.side`, too. `checkpoint` is what `models.read` gives.
+
+    Raises:
+        UserError: the checkpoint has another number of classes, or a data set that is unknown here.
+    """
+    file, told = checkpoint.file, checkpoint.about.get("dataset", args.dataset)
+    if told != args.dataset and isinstance(args.dataset, flags.Default):
+        if told not in flags.DATASETS:
+            raise flags.UserError(f"{file}: it was trained on {told:.80}, a data set unknown here; give --dataset")
+        args.dataset = told
+        print(f"data: {told}, on which {file} says that it was trained", flush=True)
+    if told == args.dataset == "folder":  # the classes are counted where the images are read, if they are
+        if args.side is None and checkpoint.about.get("side") in flags.SIDES:
+            args.side = checkpoint.about["side"]
+        return
+    classes = num_classes(args)
+    has = checkpoint.about.get("classes", classes)
+    if has != classes:
+        raise flags.UserError(f"{file}: it was trained on {told:.80}, {has} classes; {args.dataset} has {classes}")
+    if told != args.dataset:
+        more = f"not on {args.dataset}; without --dataset that is taken"
+        flags.warn(f"{file} says that it was trained on {told:.80}, {more}")
 
 
 def class_names(args: Namespace) -> list[str]:

@@ -82,6 +82,11 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(text.split()))
 
 
+def silent() -> bool | None:
+    """tqdm's `disable`: True without stderr, else None, with which a bar is silent unless that is a terminal."""
+    return True if sys.stderr is None else None
+
+
 def warn(text: str) -> None:
     """One line on stderr about something odd, with which the run goes on."""
     print(f"warning: {printable(text)}", file=sys.stderr, flush=True)
@@ -242,30 +247,6 @@ def check_export(parser: Parser, args: argparse.Namespace) -> None:
     if missing:
         names = " ".join(missing)
         parser.error(f"--export {file}: for ONNX PyTorch needs `pip install {names}`; a .pt2 file needs nothing")
-
-
-def use_dataset_of(args: argparse.Namespace, checkpoint: Any, num_classes: Callable[[argparse.Namespace], int]) -> None:
-    """Sets `args.dataset` to what a checkpoint says of itself, unless the flag was given; warns if these differ.
-
-    Of class folders it sets `args.side`, too. `num_classes`: of the data set that the flags ask for.
-    Raises UserError if the checkpoint has another number of classes.
-    """
-    file, told = checkpoint.file, checkpoint.about.get("dataset", args.dataset)
-    if told != args.dataset and isinstance(args.dataset, Default):
-        if told not in DATASETS:
-            raise UserError(f"{file}: it was trained on {told:.80}, a data set unknown here; give --dataset")
-        args.dataset = told
-        print(f"data: {told}, on which {file} says that it was trained", flush=True)
-    if told == args.dataset == "folder":  # the classes are counted where the images are read, if they are
-        if args.side is None and checkpoint.about.get("side") in SIDES:
-            args.side = checkpoint.about["side"]
-        return
-    classes = num_classes(args)
-    has = checkpoint.about.get("classes", classes)
-    if has != classes:
-        raise UserError(f"{file}: it was trained on {told:.80}, {has} classes; {args.dataset} has {classes}")
-    if told != args.dataset:
-        warn(f"{file} says that it was trained on {told:.80}, not on {args.dataset}; without --dataset that is taken")
 
 
 def data_name(args: argparse.Namespace) -> str:

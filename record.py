@@ -39,7 +39,6 @@ from tensorboardX.event_file_writer import EventFileWriter, EventsWriter
 from tensorboardX.proto.event_pb2 import Event
 from torch import Tensor, nn
 
-import models
 from flags import UserError, show_any_name, tell, warn
 from utils import Fault, device_name, size_of
 
@@ -125,12 +124,8 @@ def write_atomically(path: Path, content: bytes) -> None:
             part.unlink()
 
 
-def export(file: str, checkpoint: models.Checkpoint, about: dict) -> None:
-    """Writes a network to the file of `--export`; `about` its data set, as far as the checkpoint does not say."""
-    about = about | checkpoint.about
-    network = checkpoint.network(about["classes"])
-    onnx = Path(file).suffix == ".onnx"
-    content = models.exported(network, about["mean"], about["std"], about["side"], onnx)
+def export(file: str, content: bytes) -> None:
+    """Writes what `Checkpoint.exported` gave to the file of `--export`, and says so."""
     write_atomically(Path(file), content)
     print(f"exported: {file}, read back and checked; it takes RGB pixels in [0, 1] and normalises them", flush=True)
 
@@ -236,7 +231,6 @@ class Run:
         flags = {name: value for name, value in vars(args).items() if name not in HARMLESS} | more
         self.flags = json.loads(json.dumps(flags))
         self.overwrite = args.overwrite
-        self.sizes: dict[str, int] = {}  # of the networks, for result.json
         self.result, self.last = self._look()
 
     def _look(self) -> tuple[dict | None, dict | None]:
@@ -333,9 +327,7 @@ class Run:
         self.more = more
         self._write_files()
         events = self.folder / "events"
-        if (
-            writer.EventFileWriter is not EventFileWriter
-        ):  # W&B's sync_tensorboard took its place, to be told the folder
+        if writer.EventFileWriter is not EventFileWriter:  # W&B's sync_tensorboard took its place: tell it the folder
             writer.EventFileWriter(str(events), filename_suffix=".0").close()
         self._events = EventsWriter(str(events / "events"), f".{len(list(events.iterdir())) + 1}")
         weakref.finalize(self, _close, self._events)
@@ -394,7 +386,7 @@ class Run:
         for whose, each in (("", network), ("teacher_", teacher)):
             if each is not None:
                 params, multiply_adds = size_of(each, self.flags.get("side") or 32)
-                self.sizes |= {f"{whose}params": params, f"{whose}multiply_adds": multiply_adds}
+                self.more |= {f"{whose}params": params, f"{whose}multiply_adds": multiply_adds}
                 told.append(f"{params / 1e6:.2f} M parameters, {multiply_adds / 1e6:.1f} M multiply-adds an image")
         print(f"network: {'; its teacher: '.join(told)}", flush=True)
 
@@ -517,7 +509,7 @@ class Run:
         table = summary.hparams(flags, final)  # a row of TensorBoard's table of runs
         self._add_events(self.total, *table, *(summary.scalar(*item) for item in final.items()))
         self._events.close()
-        result |= {"epochs": self.total, "seconds": round(self._seconds(), 1)} | self.sizes | self.more
+        result |= {"epochs": self.total, "seconds": round(self._seconds(), 1)} | self.more
         write_atomically(self.folder / "result.json", _json(result))
         print(f"finished: {_summary(result)}", flush=True)
 

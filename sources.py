@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 import urllib.request
 import warnings
 from collections.abc import Callable, Iterator
@@ -27,6 +26,8 @@ from torch import Tensor
 from torchvision import datasets as tv
 from torchvision.transforms import functional as tvf
 from tqdm import tqdm
+
+from flags import silent
 
 SUFFIXES = tv.folder.IMG_EXTENSIONS
 
@@ -124,7 +125,7 @@ def _fetch_if_missing(archive: Path, md5: str, url: str) -> None:
     request = urllib.request.Request(url, headers={"User-Agent": "python"})
     with _whole(archive) as file, urllib.request.urlopen(request, timeout=60) as answer:
         size = int(answer.headers.get("Content-Length") or 0) or None
-        with tqdm(total=size, desc=archive.name, unit="B", unit_scale=True, leave=False, disable=_silent()) as bar:
+        with tqdm(total=size, desc=archive.name, unit="B", unit_scale=True, leave=False, disable=silent()) as bar:
             while block := answer.read(1 << 16):
                 bar.update(file.write(block))
         file.flush()
@@ -169,10 +170,6 @@ def alone(root: Path) -> Iterator[None]:
         yield
 
 
-def _silent() -> bool | None:
-    return True if sys.stderr is None else None  # None: silent unless stderr is a terminal
-
-
 # ------------------------------------------------------------------------------------------------------ class folders
 
 
@@ -211,7 +208,7 @@ def read_images(paths: list[Path], side: int, read: Callable[[Path, int], np.nda
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # odd metadata; whatever matters raises
             done = pool.map(read_one, range(len(paths)))
-            bar = tqdm(done, f"reading {what}", len(paths), unit=" images", leave=False, disable=_silent())
+            bar = tqdm(done, f"reading {what}", len(paths), unit=" images", leave=False, disable=silent())
             bad = [fault for fault in bar if fault]
     finally:
         pool.shutdown(cancel_futures=True)  # Ctrl-C does not wait for the rest

@@ -77,13 +77,13 @@ def main(argv: list[str] | None = None) -> None:
     path = args.s_path if args.s_path is not None else train(args)
     if args.export is not None:
         checkpoint = models.read(path, args.s_arch)
-        flags.use_dataset_of(args, checkpoint, cifar.num_classes)
-        export(args.export, checkpoint, cifar.about_dataset(args, checkpoint.about))
+        cifar.use_dataset_of(args, checkpoint)
+        export(args.export, checkpoint.exported(cifar.about_dataset(args, checkpoint.about), args.export))
 
 
 def train(args: Namespace) -> Path:
     """Steps 2 and 3, or what a stopped run left of them; returns the run's folder."""
-    checkpoint = load_teacher(args, cifar.num_classes)
+    checkpoint = load_teacher(args)
     more = {"teacher": checkpoint.fingerprint, "t_features": stored(args), **cifar.identity(args)}
     run = Run(run_folder(args, checkpoint.folder), args, **more)
     if run.finished(product="student_best.pth" if args.export else None):
@@ -99,7 +99,7 @@ def train(args: Namespace) -> Path:
 
     # only now: whether there is space for the features is known
     run.start(device, teacher=report_teacher(args, checkpoint, teacher.backbone, data.test, autocast))
-    run.tell_sizes(models.model_dict[args.s_arch](num_classes=cifar.num_classes(args)), checkpoint.network)
+    run.tell_sizes(models.model_dict[args.s_arch](num_classes=data.train.about["classes"]), checkpoint.network)
     train_ss_head(args, run, folded, data, autocast, SSHeadFile(args, checkpoint, device))
     run.keep("teacher.pth", teacher.state_dict())  # written after an epoch, by when a continued run has the head again
     distil(args, run, folded, data, autocast)

@@ -101,7 +101,7 @@ def make_loss(model: nn.Module, autocast: Callable) -> Callable:
 def evaluate(args: Namespace) -> None:
     """Prints the test accuracy of any checkpoint that `models.load` reads."""
     checkpoint = models.read(args.evaluate, args.arch)
-    flags.use_dataset_of(args, checkpoint, cifar.num_classes)
+    cifar.use_dataset_of(args, checkpoint)
     model = checkpoint.network(cifar.num_classes(args))
     device = utils.pick_device(args.gpu_id)
     test_set = cifar.load(args, device).test

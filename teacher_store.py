@@ -15,7 +15,6 @@ import mmap
 import os
 import re
 import shutil
-import sys
 import weakref
 from argparse import Namespace
 from collections.abc import Callable, Mapping
@@ -30,7 +29,7 @@ from tqdm import tqdm
 
 import cifar
 import models
-from flags import UserError, use_dataset_of, warn
+from flags import UserError, silent, warn
 from losses import VIEWS
 from record import digest, fingerprint, read, refuse_unfinished, restoring, save
 from utils import Fault, evaluate
@@ -53,11 +52,10 @@ class TeacherCheckpoint(NamedTuple):
     acc: float | None = None  # the accuracy that its checkpoint reports
 
 
-def load_teacher(args: Namespace, num_classes: Callable[[Namespace], int]) -> TeacherCheckpoint:
+def load_teacher(args: Namespace) -> TeacherCheckpoint:
     """The teacher at `args.t_path`, a finished run's folder or a checkpoint file, on the CPU.
 
     The data set becomes the teacher's, unless `--dataset` was given.
-    `num_classes`: of the data set that the flags ask for.
 
     Raises:
         UserError: the run is not finished, or trained on another number of classes.
@@ -65,8 +63,8 @@ def load_teacher(args: Namespace, num_classes: Callable[[Namespace], int]) -> Te
     """
     refuse_unfinished(Path(args.t_path))
     file, arch, about, acc, _ = checkpoint = models.read(args.t_path, args.t_arch)
-    use_dataset_of(args, checkpoint, num_classes)
-    network = checkpoint.network(num_classes(args))
+    cifar.use_dataset_of(args, checkpoint)
+    network = checkpoint.network(cifar.num_classes(args))
     return TeacherCheckpoint(file, models.run_folder_of(file).name, network, fingerprint(network), arch, about, acc)
 
 
@@ -195,10 +193,10 @@ def look_once(
             return backbone(x)[0][-1]
 
     width = classifier(backbone).in_features
+    of_all = {name: getattr(args, name) for name in ("dataset", "amp", "deterministic")}
+    of_all |= {"teacher": teacher.fingerprint} | cifar.identity(args)
     for split, images in splits.items():
-        depends = {name: getattr(args, name) for name in ("dataset", "amp", "deterministic")}
-        depends |= {"teacher": teacher.fingerprint, "device": images.labels.device.type, "split": split}
-        depends |= cifar.identity(args)
+        depends = of_all | {"device": images.labels.device.type, "split": split}
         key = digest(depends | {"statistics": [x[:3].tolist() for x in (images.mean, images.std)]})
         windows = torch.arange(len(images.windows[1])) if split == "train" else images.test_windows(VIEWS)
         file = teacher.file.parent / f"features_{key}.bin" if args.t_features == "disk" else None
@@ -256,9 +254,7 @@ class Features:
                 f"features: {damaged} entries of {self.table.name} are damaged or of other images: looked at again",
                 flush=True,
             )
-        silent = True if sys.stderr is None else None  # None: silent unless it is a terminal
-        bar = tqdm(total=len(unknown), desc="the teacher looks", unit=" views", leave=False, disable=silent)
-        with bar:
+        with tqdm(total=len(unknown), desc="the teacher looks", unit=" views", leave=False, disable=silent()) as bar:
             for i in range(0, len(unknown), self.batch):
                 some = unknown[i : i + self.batch]
                 seen = self.look(rows[some], window[some])

@@ -7,7 +7,6 @@ import functools
 import os
 import platform
 import random
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from flags import UserError, warn
+from flags import UserError, silent, warn
 
 
 class Fault(Exception):
@@ -206,8 +205,7 @@ def train_epoch(
     """
     module.train()
     meter = Meter(label)
-    silent = True if sys.stderr is None else None  # None: silent unless it is a terminal
-    with tqdm(total=images, desc=label, unit=" images", leave=False, dynamic_ncols=True, disable=silent) as bar:
+    with tqdm(total=images, desc=label, unit=" images", leave=False, dynamic_ncols=True, disable=silent()) as bar:
         for batch in batches:
             loss, logged = loss_of(batch)
             sgd.step(loss)

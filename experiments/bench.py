@@ -606,10 +606,15 @@ def pair_rows(plan: Plan, pair: str, first: bool) -> Iterator[dict]:
 
 def memory_rows(plan: Plan, pair: str, name: str, figure: str, sides: tuple[Callable, Callable]) -> Iterator[dict]:
     """What a figure takes of memory on both sides, if the machine tells."""
-    if plan.device.type == "cuda" or Path("/proc/self/status").exists():
+    if tells_memory(plan):
         with process(plan.device) as theirs, process(plan.device) as ours:
             calls = zip((theirs, ours), sides, strict=True)
             yield row(name, pair, plan.amp, *(call(peak_memory, side, plan, pair, figure) for call, side in calls))
+
+
+def tells_memory(plan: Plan) -> bool:
+    """Whether device or system say how much memory was in use at most."""
+    return plan.device.type == "cuda" or Path("/proc/self/status").exists()
 
 
 def step_clocks(plan: Plan, pair: str, theirs: Callable, ours: Callable) -> list[Callable[[], float]]:
@@ -640,7 +645,7 @@ def table_rows(plan: Plan, pair: str, steps: list[dict]) -> Iterator[dict]:
     yield row("features_read", f"{pair} disk", plan.amp, None, disk)
     yield row("read_share", pair, plan.amp, None, disk / (stored * plan.images / plan.batch))
     for where in ("memory", "disk"):
-        if plan.device.type == "cuda" or Path("/proc/self/status").exists():
+        if tells_memory(plan):
             with process(plan.device) as ours:
                 asked = f"features_read {where}", "student_step_stored"
                 peak = ours(peak_memory, here_side, plan, pair, *asked)

@@ -43,14 +43,8 @@ from torch import Tensor, nn
 import cifar
 import models
 import utils
+from experiments.similarity import outputs
 from record import entry
-
-
-@torch.inference_mode()
-def features(network: nn.Module, images: cifar.Images) -> Tensor:
-    """The last feature of every image of a split: (N, D), in the widest float there is."""
-    seen = [network(batch.x, is_feat=True)[0][-1] for batch in images.test_batches(views=1)]
-    return torch.cat(seen).to(utils.wide(images.labels.device))
 
 
 def fit(x: Tensor, labels: Tensor, classes: int, decay: float) -> nn.Linear:
@@ -75,10 +69,10 @@ def fit(x: Tensor, labels: Tensor, classes: int, decay: float) -> nn.Linear:
 def probe(checkpoint: models.Checkpoint, data: cifar.Data, decay: float) -> float:
     """Test accuracy (%) of the linear classifier on a network's frozen features."""
     device = data.train.labels.device
-    network = checkpoint.network().to(device, memory_format=torch.channels_last).eval()
+    network = checkpoint.network()
     own = [checkpoint.about.get(name, data.train.about[name]) for name in ("mean", "std")]
     train, test = (
-        features(network, cifar.Images(split.pixels, split.labels, own, device)) for split in (data.train, data.test)
+        outputs(network, cifar.Images(split.pixels, split.labels, own, device))[1] for split in (data.train, data.test)
     )
     mean, std = train.mean(0), train.std(0).clamp(min=1e-6)  # a feature that is 0 on every image stays 0
     linear = fit((train - mean) / std, data.train.labels, data.train.about["classes"], decay)

@@ -42,20 +42,20 @@ import contextlib
 import json
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 import cifar
 import models
 import utils
+from methods import kd_loss
 from record import entry
 
 
 @torch.inference_mode()
-def outputs(checkpoint: models.Checkpoint, images: cifar.Images) -> tuple[Tensor, Tensor]:
+def outputs(network: nn.Module, images: cifar.Images) -> tuple[Tensor, Tensor]:
     """Logits (N, C) and last features (N, D) of a network for all images of a split, in the widest float there is."""
     device = images.labels.device
-    network = checkpoint.network(images.about["classes"]).to(device, memory_format=torch.channels_last).eval()
+    network.to(device, memory_format=torch.channels_last).eval()
     seen = [network(batch.x, is_feat=True) for batch in images.test_batches(views=1)]
     features, logits = [features[-1] for features, _ in seen], [logits for _, logits in seen]
     return torch.cat(logits).to(utils.wide(device)), torch.cat(features).to(utils.wide(device))
@@ -63,8 +63,7 @@ def outputs(checkpoint: models.Checkpoint, images: cifar.Images) -> tuple[Tensor
 
 def kl_divergence(student: Tensor, teacher: Tensor, T: float = 1.0) -> float:
     """KL(teacher ‖ student) of softmax(logits / T), (N, C) each: nats, averaged over the N images."""
-    s_log, t_log = (F.log_softmax(logits / T, dim=1) for logits in (student, teacher))
-    return F.kl_div(s_log, t_log, reduction="batchmean", log_target=True).item()
+    return kd_loss(student, teacher, T).item() / T**2
 
 
 def linear_cka(x: Tensor, y: Tensor) -> float:
@@ -81,13 +80,13 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     with contextlib.redirect_stdout(sys.stderr):  # what is printed on the way is no result
         teacher, *students = (models.read(path) for path in (args.t_path, *args.students))
-        flags.use_dataset_of(args, teacher, cifar.num_classes)
+        cifar.use_dataset_of(args, teacher)
         source = cifar.read(args)
         device = utils.pick_device(args.gpu_id)
         images = cifar.Images(source.test.pixels, source.test.labels, source.statistics, device, about=source.about)
-        t_logits, t_features = outputs(teacher, images)
+        t_logits, t_features = outputs(teacher.network(source.about["classes"]), images)
     for path, student in zip(args.students, students, strict=True):
-        logits, features = outputs(student, images)
+        logits, features = outputs(student.network(source.about["classes"]), images)
         alike = {"KL": kl_divergence(logits, t_logits, args.T), "CKA": linear_cka(features, t_features)}
         if args.json:
             print(json.dumps({"student": Path(path).name, "teacher": Path(args.t_path).name, "T": args.T, **alike}))

@@ -41,7 +41,7 @@ REFUSED |= dict.fromkeys(("-h", "--help", "--evaluate", "--export", "--s-path"),
 
 def parse_args(argv: list[str] | None) -> Namespace:
     argv = sys.argv[1:] if argv is None else argv
-    own, flags = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
+    own, behind = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
     parser = Parser("Runs many experiments on Ray: python experiments/sweep.py PART OPTIONS -- FLAGS OF THE SCRIPTS")
     add = parser.add_argument
     parts = "teachers: networks trained alone; similar, cross: the pairs of a published table; all: everything"
@@ -73,7 +73,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
     for pair in args.pairs:
         if len(pair) != 2 or not all(arch in NETWORKS for arch in pair):
             parser.error(f"--pairs: {':'.join(pair)} is not TEACHER:STUDENT, two of {', '.join(NETWORKS)}")
-    args.flags = group(flags)
+    args.flags = group(behind)
     grids, args.grid = args.grid, {f"--{flag.lstrip('-')}": values for flag, *values in args.grid}
     if len(args.grid) < len(grids) or not all(args.grid.values()):
         parser.error("--grid: give each flag once, with its values")
@@ -406,7 +406,7 @@ def ss_head(flags: list[str], device: torch.device) -> Path:
     """The file of the SS head that a command of student.py reads, or trains and leaves for others."""
     args = student.parse_args(flags)
     try:
-        return SSHeadFile(args, load_teacher(args, cifar.num_classes), device).path
+        return SSHeadFile(args, load_teacher(args), device).path
     except (UserError, models.CheckpointError, cifar.DataError):
         return Path(os.devnull)  # exists: the run may start, and will say what is wrong
 

@@ -74,6 +74,15 @@ class Checkpoint(NamedTuple):
         model.to_empty(device="cpu").load_state_dict(state)
         return model
 
+    def exported(self, about: dict[str, Any], file: str) -> bytes:
+        """The network for a file of this name, see `models.exported`.
+
+        `about` tells of its data set what the checkpoint does not.
+        """
+        about = about | self.about
+        onnx = Path(file).suffix == ".onnx"
+        return models.exported(self.network(about["classes"]), about["mean"], about["std"], about["side"], onnx)
+
 
 def read(path: str | Path, arch: str | None = None) -> Checkpoint:
     """The checkpoint at `path`, a file or a run folder; `arch` as in `find_arch`.

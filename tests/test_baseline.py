@@ -324,7 +324,7 @@ def test_a_run_with_another_weight_has_another_folder(flags, tmp_path):
 def step_of(method, flags, *more):
     """The args, networks and method of a run, and a batch of its images."""
     args = baseline.parse_args(flags(method, *more))
-    checkpoint = load_teacher(args, cifar.num_classes)
+    checkpoint = load_teacher(args)
     train_set = cifar.load(args, "cpu").train
     torch.manual_seed(0)
     networks = baseline.make_networks(args, checkpoint.network, torch.device("cpu"))
@@ -444,7 +444,7 @@ def test_every_method_trains_a_step_of_every_pair(t_arch, s_arch, method, amp, t
     args = baseline.parse_args(["--method", method, "--t-path", str(path), "--s-arch", s_arch, "--amp", amp])
     path.mkdir()
     torch.save(models.model_dict[t_arch]().state_dict(), path / "best.pth")
-    checkpoint = load_teacher(args, cifar.num_classes)
+    checkpoint = load_teacher(args)
     train_set = cifar.Images(*cifar.synthetic(True, 8), cifar.STATISTICS["synthetic"], "cpu", batch_size=4)
     networks = baseline.make_networks(args, checkpoint.network, torch.device("cpu"))
     made = baseline.make_method(args, checkpoint, networks, train_set.labels)
