@@ -26,6 +26,8 @@ def parse_args(argv: list[str] | None) -> Namespace:
     add("--kd-weight", type=weight, help="the teacher's logits (default: 0.9; dkd and ls, which replace kd, 0)")
     add("--kd-T", type=temperature, default=4.0, help="temperature of kd: higher shows more of the wrong classes")
     add("--weight", type=weight, help="the method's own term (default: as published, e.g. crd 0.8)")
+    first = "epochs of ab's and ft's first phase (default: 30), or over which dkd's term grows (default: 20)"
+    add("--first-epoch", type=flags.number(int, 1), help=first)
 
     args = parser.parse_args(argv)
     if args.method is None:
@@ -37,6 +39,8 @@ def parse_args(argv: list[str] | None) -> Namespace:
     for name, default in (("ce_weight", 0.1), ("kd_weight", 0.9), ("weight", None)):
         if getattr(args, name) is None:
             setattr(args, name, getattr(METHODS[args.method], name, default))
+    if not hasattr(METHODS[args.method], "first_epochs"):
+        args.first_epoch = None  # so that it can be given to all methods of a study
     if args.method == "kd" and args.weight:
         parser.error("--method kd has no term beside kd itself, whose weight is --kd-weight")
     if args.t_features != "compute" and getattr(METHODS[args.method], "maps", True):
@@ -153,6 +157,8 @@ def make_method(args: Namespace, checkpoint: TeacherCheckpoint, networks: Networ
     method = METHODS[args.method](networks.of_student(x), networks.of_teacher(x), labels)
     if hasattr(method, "choose_pair"):
         method.choose_pair(checkpoint.arch, args.s_arch)
+    if args.first_epoch is not None:
+        method.first_epochs = args.first_epoch
     return method.to(labels.device, memory_format=torch.channels_last)
 
 

@@ -17,7 +17,7 @@ What whoever trains a method has to know of it, beyond calling it; an attribute 
     maps = False                  asks for no maps of the teacher: its last feature and logits are enough; default True
     preact = True                 wants both networks' features with `preact=True`, in every phase; default False
     first_epochs                  length of a first phase: one view of each image, the optimizer of the main phase made
-                                  anew, a constant rate; default 0
+                                  anew, a constant rate; of dkd, which has none, the epochs of its warm-up
     first_loss(student, teacher)  its whole loss, a scalar
     first_student = False         first_loss does not look at the student, whose Outputs may be None; default True
     first_modules(network)        what trains in it, of the method and of the student network
@@ -518,7 +518,7 @@ class CRD(nn.Module):
 
 
 class DKD(nn.Module):
-    """Decoupled KD (Zhao et al., CVPR 2022): T² · (TCKD + β · NCKD), T = 4, times min(epoch / 20, 1).
+    """Decoupled KD (Zhao et al., CVPR 2022): T² · (TCKD + β · NCKD), T = 4, times min(epoch / `first_epochs`, 1).
 
     TCKD: KL of the two probabilities (true class, all others); NCKD: KL over the other classes among themselves; batch
     means, of the logits (N, C). Before `start_epoch` there is no warm-up.
@@ -528,6 +528,7 @@ class DKD(nn.Module):
     weight, ce_weight, kd_weight = 1.0, 1.0, 0.0
     temperature = 4.0
     beta = 8.0
+    first_epochs = 20
     betas = {
         ("resnet56", "resnet20"): 2.0,
         ("vgg13", "vgg8"): 6.0,
@@ -544,7 +545,7 @@ class DKD(nn.Module):
         self.beta = self.betas.get((t_arch, s_arch), DKD.beta)
 
     def start_epoch(self, seed: int, epoch: int) -> None:
-        self.warm_up.fill_(min(epoch / 20, 1))
+        self.warm_up.fill_(min(epoch / self.first_epochs, 1))
 
     def forward(self, student: Outputs, teacher: Outputs, target: Tensor, rows: Tensor) -> Tensor:
         (s_true, s_others), (t_true, t_others) = (

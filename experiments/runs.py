@@ -24,7 +24,7 @@ KD = {"ce_weight": 0.1, "kd_weight": 0.9, "kd_T": 4.0}
 TF = {"tf_weight": 2.7, "tf_T": 4.0, "ratio_tf": 1.0}
 SS = {"ss_weight": 10.0, "ss_T": 0.5, "ratio_ss": 0.75, "t_epoch": 60, "t_lr": 0.05, "t_milestones": [30, 45]}
 COMPUTED = ("amp", "compile", "deterministic", "t_features")
-OF_METHODS = {*KD, *TF, *SS, "weight"}
+OF_METHODS = {*KD, *TF, *SS, "weight", "first_epoch"}
 APART = {"arch", "s_arch", "teacher", "method", "seed", "dataset", "save_interval", *COMPUTED, *OF_METHODS}
 LOW_RATE = ("MobileNetV2", "ShuffleV1", "ShuffleV2")  # published with --lr 0.01, all others with 0.05
 
@@ -47,6 +47,8 @@ ABLATION = ("KD, 4 views", "KD + tf", "KD + ss")  # of SSKD: student.py without 
 # The flags of each row's own, as published: a term whose weight is 0 has none.
 OWN = {"alone": {}, **dict(zip(ABLATION, (KD, KD | TF, KD | SS), strict=True)), "SSKD": KD | TF | SS}
 OWN |= {row: KD | {"ce_weight": ce, "kd_weight": kd, "weight": weight} for row, ce, kd, weight in METHODS.values()}
+for row in ("AB", "FT", "DKD"):
+    OWN[row]["first_epoch"] = None  # the method's own number, which runs from before this flag had, too
 
 Flags = tuple[tuple[str, Any], ...]  # names and values, sorted; a list of milestones is a tuple
 
@@ -159,6 +161,7 @@ def typed(content: dict, name: str, *types: type) -> Any:
 
 def kind_of(flags: dict, folder: str, told: str | None = None) -> Kind:
     """Which experiment a run belongs to, by its flags; a student's teacher is as `told`, else by the folder's name."""
+    flags = {"first_epoch": None} | flags
     is_student = "s_arch" in flags
     teacher, method = teacher_folder(folder) if is_student else "", "alone"
     teacher = told or re.sub(r"^teacher_|(_vanilla)?(_seed\d+)?$", "", teacher) or "?" * is_student

@@ -129,6 +129,7 @@ import models
 import student
 import teacher
 from experiments.runs import LOW_RATE
+from methods import METHODS
 from record import Stopped, entry, refuse_unfinished
 from teacher_store import SSHeadFile, load_teacher
 
@@ -258,6 +259,8 @@ def flags_of(
         name = words[0].partition("=")[0]
         if name in (own or []):
             raise UserError(f"{name} behind -- contradicts --grid or --methods, which set it")
+        if name == "--t-features" and script == "baseline.py" and getattr(METHODS[own[1]], "maps", True):
+            continue  # maps are computed: only what comes after them can be stored
         if knows(script, words[0]) and not (own is None and name in STUDENTS_ONLY):
             flags += words
     if not any(word.partition("=")[0] == "--lr" for word in flags):

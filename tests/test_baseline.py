@@ -269,6 +269,15 @@ def test_dkds_warm_up_follows_the_epochs_of_a_resumed_run(flags, monkeypatch, ca
         assert end_of(baseline.main, flags("dkd")) == 1
     baseline.main(flags("dkd"))
     assert warm_ups == [0.05] * STEPS + [0.1] * 2 + [0.1] * STEPS  # the second epoch twice, as it was not over
+    warm_ups.clear()
+    baseline.main(flags("dkd", "--first-epoch", "1", "--overwrite"))
+    assert warm_ups == [1.0] * 2 * STEPS
+
+
+def test_the_first_phases_length_may_be_given_and_is_no_flag_of_other_methods(flags, tmp_path):
+    baseline.main(flags("ft", "--first-epoch", "3"))
+    assert [line["phase"] for line in lines_of(folder_of(tmp_path, "ft"))] == ["first"] * 3 + ["student"] * 2
+    assert baseline.parse_args(flags("kd", "--first-epoch", "3")).first_epoch is None
 
 
 def test_crd_saves_its_banks_and_their_constants(flags, tmp_path):

@@ -136,6 +136,12 @@ def test_flags_go_to_every_script_that_has_them_and_few_images_to_no_teacher(lis
     assert (sskd.kd_T, crd.kd_T, sskd.t_epoch, crd.weight) == (2, 2, 9, 3)
 
 
+def test_features_are_stored_for_the_methods_that_can_use_them(listed):
+    jobs = listed(*PAIR, "--methods", "alone", "sskd", "crd", "at", "--", "--t-features", "disk")
+    features = [args.t_features for name, args in jobs if name != "teacher.py"]
+    assert features == ["disk", "disk", "compute"]
+
+
 def test_one_teacher_may_serve_all_seeds(listed):
     jobs = listed(*PAIR, "--seeds", "1", "2", "--teacher-seed", "7")
     assert [(name, args.seed) for name, args in jobs] == [("teacher.py", 7), ("student.py", 1), ("student.py", 2)]
