@@ -366,7 +366,7 @@ def read(args: Namespace) -> Source:
     if args.side not in (None, SIDE):
         raise DataError(f"--side {args.side} is for --dataset folder; the images of {name} have {SIDE} × {SIDE} pixels")
     if name == "synthetic":
-        print("data: synthetic shapes; accuracy means nothing", flush=True)
+        print("data: synthetic shapes; accuracy says nothing about photographs", flush=True)
         splits = {"train": synthetic(True, args.train_size), "test": synthetic(False, args.test_size)}
         splits = {half: Split(*split) for half, split in splits.items()}
     else:

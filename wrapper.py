@@ -98,7 +98,7 @@ def check_network(network: nn.Module, arch: str, classes: int, side: int) -> Non
     images = torch.linspace(-1, 1, 2 * 3 * side * side).view(2, 3, side, side)
     try:
         logits = network.eval()(images)
-        features, same = network(images, is_feat=True)
+        features, same = network(images, is_feat=True, preact=False)
         width = features[-1].shape[1:]
     except Exception as error:  # whatever the network's own code raises
         reason = " ".join(str(error).split()) or type(error).__name__

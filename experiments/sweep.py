@@ -48,7 +48,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
     add("part", nargs="?", choices=["all", "teachers", "similar", "cross"], default="all", help=parts)
     add("--pairs", nargs="+", metavar="TEACHER:STUDENT", help="these instead of the published ones")
     add("--seeds", nargs="+", type=number(int, 0, 2**32 - 1), default=[0], metavar="SEED", help="each repeats all")
-    which = f"of {' '.join(KNOWN)} (default: sskd, and alone for the published tables)"
+    which = f"of {' '.join(KNOWN)} (default: sskd; for all or teachers alone, too)"
     add("--methods", nargs="+", choices=KNOWN, metavar="METHOD", help=which)
     grid = "a flag of the students without its dashes, and its values (quote one of several words); several multiply"
     add("--grid", nargs="+", action="append", default=[], metavar=("FLAG", "VALUE"), help=grid)
@@ -198,13 +198,14 @@ def make_jobs(args: Namespace) -> list[Job]:
         job = Job(name, script, flags, args.experiments / "logs" / f"{name}.log", teacher)
         return jobs.setdefault(command(job), job)
 
+    held = held_out(args)
     teachers: dict[tuple[str, int], tuple[Path, Job | None]] = {}
     for seed, (arch, _) in itertools.product(args.seeds, args.pairs):
         t_seed = seed if args.teacher_seed is None else args.teacher_seed
         if args.teachers:
-            teachers[arch, seed] = find_teacher(args.teachers, arch, t_seed), None
+            teachers[arch, seed] = find_teacher(args.teachers, arch, t_seed, held), None
         else:
-            name = f"teacher_{arch}_seed{t_seed}"
+            name = f"teacher_{arch}{held}_seed{t_seed}"
             job = add(name, "teacher.py", flags_of(args, "teacher.py", ["--arch", arch], t_seed))
             teachers[arch, seed] = args.experiments / name, job
     alone = [method for method in args.methods if method == "alone"]
@@ -234,11 +235,13 @@ def script_of(method: str) -> tuple[str, list[str]]:
 
 def points(args: Namespace, method: str) -> Iterator[tuple[str, list[str]]]:
     """The grid's points, as the name of a folder and flags: every combination of the values of those flags which the
-    method's script has and that are not what makes the method; outside any folder if there is none."""
+    method's script has and that change it, of tf and ss only where these have a weight; outside any folder if there is
+    none."""
     script, own = script_of(method)
-    axes = [
-        [(flag, value) for value in args.grid[flag]] for flag in args.grid if knows(script, flag) and flag not in own
-    ]
+    without = {weight[2:4] for weight in own if weight.endswith("-weight")}
+    fixed = {*own, *(flag for term in without for flag in (f"--{term}-T", f"--ratio-{term}"))}
+    axes = [[(flag, value) for value in args.grid[flag]] for flag in args.grid if knows(script, flag)]
+    axes = [axis for axis in axes if axis[0][0] not in fixed]
     for chosen in itertools.product(*axes):
         folder = "_".join(f"{flag[2:]}_{value}" for flag, value in chosen)
         yield re.sub(r"[^\w.+-]", "-", folder), [word for flag, value in chosen for word in (flag, *value.split())]
@@ -273,9 +276,20 @@ def flags_of(
     return flags
 
 
-def find_teacher(folder: Path, arch: str, seed: int) -> Path:
-    """The folder of a trained network in `folder`, the one of this seed before any other."""
-    names = [f"teacher_{arch}_seed{seed}", f"{arch}_seed{seed}", f"teacher_{arch}", f"{arch}_vanilla", arch]
+def held_out(args: Namespace) -> str:
+    """What the folders of teachers say of held-out images, e.g. `_val0.1`: their students hold the same ones out."""
+    words = [word for words in args.flags if words[0].partition("=")[0] == "--val-fraction" for word in words]
+    return flags.data_name(teacher.parse_args(["--arch", "resnet8", *words]))
+
+
+def find_teacher(folder: Path, arch: str, seed: int, held: str = "") -> Path:
+    """The folder of a trained network in `folder`, the one of this seed before any other.
+
+    With `held`, see `held_out`, only the one of this seed: others may have seen those images.
+    """
+    names = [f"teacher_{arch}{held}_seed{seed}"]
+    if not held:
+        names += [f"{arch}_seed{seed}", f"teacher_{arch}", f"{arch}_vanilla", arch]
     for path in filter(Path.is_dir, (folder / name for name in names)):
         refuse_unfinished(path)
         return path

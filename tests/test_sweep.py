@@ -75,17 +75,17 @@ def test_a_part_has_its_teachers_and_its_students(listed):
 
 
 def test_a_grid_of_5_by_2_seeds_by_2_methods_is_20_students_of_2_teachers(listed):
-    jobs = listed(*PAIR, "--seeds", "0", "1", "--methods", "sskd", "kd+tf", "--grid", "ratio-ss", *RATIOS)
+    jobs = listed(*PAIR, "--seeds", "0", "1", "--methods", "sskd", "kd+ss", "--grid", "ratio-ss", *RATIOS)
     assert [name for name, _ in jobs] == ["teacher.py"] * 2 + ["student.py"] * 20
     assert [(args.arch, args.seed, args.experiments) for _, args in jobs[:2]] == [
         ("resnet20", 0, "experiments"),
         ("resnet20", 1, "experiments"),
     ]
-    found = {(args.seed, args.ss_weight, args.ratio_ss, args.experiments, args.t_path) for _, args in jobs[2:]}
+    found = {(args.seed, args.tf_weight, args.ratio_ss, args.experiments, args.t_path) for _, args in jobs[2:]}
     assert found == {
         (seed, weight, float(ratio), f"experiments/ratio-ss_{ratio}", f"experiments/teacher_resnet20_seed{seed}")
         for seed in (0, 1)
-        for weight in (10.0, 0.0)
+        for weight in (2.7, 0.0)
         for ratio in RATIOS
     }
 
@@ -114,6 +114,8 @@ def test_a_grid_varies_students_and_their_rate_but_no_teacher(listed):
     ]
     both = listed(*PAIR, "--methods", "sskd", "kd-4views", "--grid", "ss-weight", "1", "10")
     assert [args.ss_weight for _, args in both[1:]] == [1, 10, 0]  # kd-4views is what it is
+    without = listed(*PAIR, "--methods", "kd+tf", "kd+ss", "--grid", "ratio-ss", "0", "1")  # kd+tf has no ss
+    assert [(args.ss_weight, args.ratio_ss) for _, args in without[1:]] == [(0, 0.75), (10, 0), (10, 1)]
 
 
 def test_every_method_is_a_command_with_its_published_rate(listed):
@@ -164,6 +166,17 @@ def test_trained_teachers_are_taken_as_they_are(listed, tmp_path, fails):
     (tmp_path / "teacher_vgg8_seed0" / "config.json").touch()
     unfinished = fails(sweep.main, "--list", "--teachers", tmp_path, "--pairs", "vgg8:resnet8")
     assert f"{tmp_path / 'teacher_vgg8_seed0'}: this run is not finished" in unfinished
+
+
+def test_teacher_and_student_hold_the_same_images_out(listed, tmp_path, fails):
+    words = ["--", "--val-fraction=0.1"]
+    (_, trained), (_, student) = listed(*PAIR, *words)
+    assert trained.val_fraction == student.val_fraction == 0.1
+    assert student.t_path == "experiments/teacher_resnet20_val0.1_seed0"
+    (tmp_path / "teacher_resnet20_seed0").mkdir()  # has seen all images
+    assert "no resnet20 of seed 0 there" in fails(sweep.main, "--list", "--teachers", tmp_path, *PAIR, *words)
+    (tmp_path / "teacher_resnet20_val0.1_seed0").mkdir()
+    assert listed("--teachers", str(tmp_path), *PAIR, *words)[0][1].t_path.endswith("_val0.1_seed0")
 
 
 def test_the_list_can_be_pasted_into_a_shell_from_any_folder(tmp_path, capsys, monkeypatch):

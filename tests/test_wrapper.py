@@ -123,6 +123,15 @@ def test_a_network_that_lacks_what_a_teacher_needs_is_told_in_what(lacking, clas
         check_network(fill(Small(lacking)), "mine", classes, 32)
 
 
+def test_a_network_without_preact_is_refused_too():
+    class Without(Small):
+        def forward(self, x, is_feat=False):
+            return super().forward(x, is_feat)
+
+    with pytest.raises(NetworkError, match="unexpected keyword argument 'preact'"):
+        check_network(fill(Without()), "mine", 7, 32)
+
+
 @pytest.mark.parametrize("arch", ["resnet8", "wrn_16_1", "vgg8", "MobileNetV2", "ShuffleV1", "ShuffleV2"])
 def test_a_network_of_the_zoo_passes_and_stays_as_it_is(arch, capsys):
     network = models.model_dict[arch](num_classes=10)
