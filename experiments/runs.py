@@ -48,7 +48,7 @@ ABLATION = ("KD, 4 views", "KD + tf", "KD + ss")  # of SSKD: student.py without 
 OWN = {"alone": {}, **dict(zip(ABLATION, (KD, KD | TF, KD | SS), strict=True)), "SSKD": KD | TF | SS}
 OWN |= {row: KD | {"ce_weight": ce, "kd_weight": kd, "weight": weight} for row, ce, kd, weight in METHODS.values()}
 for row in ("AB", "FT", "DKD"):
-    OWN[row]["first_epoch"] = None  # the method's own number, which runs from before this flag had, too
+    OWN[row]["first_epoch"] = None  # the number that the method has
 
 Flags = tuple[tuple[str, Any], ...]  # names and values, sorted; a list of milestones is a tuple
 
@@ -161,7 +161,7 @@ def typed(content: dict, name: str, *types: type) -> Any:
 
 def kind_of(flags: dict, folder: str, told: str | None = None) -> Kind:
     """Which experiment a run belongs to, by its flags; a student's teacher is as `told`, else by the folder's name."""
-    flags = {"first_epoch": None} | flags
+    flags = {"first_epoch": None} | flags  # those of runs from before it
     is_student = "s_arch" in flags
     teacher, method = teacher_folder(folder) if is_student else "", "alone"
     teacher = told or re.sub(r"^teacher_|(_vanilla)?(_seed\d+)?$", "", teacher) or "?" * is_student

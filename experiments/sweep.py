@@ -48,7 +48,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
     add("part", nargs="?", choices=["all", "teachers", "similar", "cross"], default="all", help=parts)
     add("--pairs", nargs="+", metavar="TEACHER:STUDENT", help="these instead of the published ones")
     add("--seeds", nargs="+", type=number(int, 0, 2**32 - 1), default=[0], metavar="SEED", help="each repeats all")
-    which = f"of {' '.join(KNOWN)} (default: sskd; for all or teachers alone, too)"
+    which = f"of {' '.join(KNOWN)} (default: sskd; for all the published pairs alone and sskd)"
     add("--methods", nargs="+", choices=KNOWN, metavar="METHOD", help=which)
     grid = "a flag of the students without its dashes, and its values (quote one of several words); several multiply"
     add("--grid", nargs="+", action="append", default=[], metavar=("FLAG", "VALUE"), help=grid)
@@ -282,10 +282,10 @@ def held_out(args: Namespace) -> str:
     return flags.data_name(teacher.parse_args(["--arch", "resnet8", *words]))
 
 
-def find_teacher(folder: Path, arch: str, seed: int, held: str = "") -> Path:
+def find_teacher(folder: Path, arch: str, seed: int, held: str) -> Path:
     """The folder of a trained network in `folder`, the one of this seed before any other.
 
-    With `held`, see `held_out`, only the one of this seed: others may have seen those images.
+    With images `held_out`, only the one that held out the same: others may have seen them.
     """
     names = [f"teacher_{arch}{held}_seed{seed}"]
     if not held:
