@@ -388,8 +388,8 @@ def about_dataset(args: Namespace, known: Mapping = MappingProxyType({})) -> dic
 
 
 def _about(name: str, classes: int, side: int, moments: tuple) -> dict:
-    mean, std = map(list, moments)
-    return {"dataset": name, "classes": classes, "side": side, "mean": mean, "std": std}
+    mean, std = map(list, moments)  # and the name without its type, flags.Default: checkpoints take plain values only
+    return {"dataset": str(name), "classes": classes, "side": side, "mean": mean, "std": std}
 
 
 def num_classes(args: Namespace) -> int:

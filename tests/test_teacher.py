@@ -10,6 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import cifar
 import models
+import student
 import teacher
 
 SPEED = "speed/teacher_images_per_second"  # not in the log, which has to repeat bit for bit
@@ -35,6 +36,22 @@ def test_a_run_leaves_what_the_design_promises(runs):
     assert [line["epoch"] for line in lines] == [1, 2, 3]
     assert max(line["val/cls_acc"] for line in lines) == result["best_acc"]
     assert lines[-1]["val/cls_acc"] == result["last_acc"]
+
+
+def test_without_dataset_the_checkpoints_are_of_cifar100_and_can_be_read(tmp_path, monkeypatch, capsys):
+    draw = torch.Generator().manual_seed(0)
+    pixels = torch.randint(256, (100, 32, 32, 3), dtype=torch.uint8, generator=draw)
+    split = cifar.Split(pixels, torch.arange(100))
+    monkeypatch.setattr(cifar, "read_cifar100", lambda *where: {"train": split, "test": split})
+    monkeypatch.chdir(tmp_path)
+    teacher.main(["--arch", "resnet8", "--epoch", "1", "--milestones", "1"])
+    short = ["--epoch", "1", "--milestones", "1", "--t-epoch", "1", "--t-milestones", "1"]
+    student.main(["--t-path", "experiments/teacher_resnet8_seed0", "--s-arch", "resnet8", *short])
+    (folder,) = tmp_path.glob("experiments/sskd_*")
+    for checkpoint in (tmp_path / "experiments" / "teacher_resnet8_seed0", folder):
+        assert models.read(checkpoint).about["dataset"] == "cifar100"
+        torch.load(checkpoint / "ckpt" / "last.pth", weights_only=True)
+    assert capsys.readouterr().err == ""
 
 
 def test_tensorboard_reads_the_curves(runs):
