@@ -343,10 +343,10 @@ def curves(args: argparse.Namespace) -> Figure:
         epochs, accuracies = zip(*log_of(run), strict=True)
         look = LOOKS[run.kind.method] | ({"linestyle": ":"} if run.kind.network in teachers else {})
         (line,) = ax.plot(epochs, accuracies, markevery=max(1, len(epochs) // 10), **look)
-        lines[f"{run.kind.network}, {run.kind.method}"] = line
-    held_out = any(run.kind.value("val_fraction") for run in runs)
+        label = f"{run.kind.network}, {run.kind.method}"
+        lines[label + ", held-out images" * bool(run.kind.value("val_fraction"))] = line
     ax.set_xlabel("epoch")
-    ax.set_ylabel("accuracy on held-out images (%)" if held_out else ACCURACY)
+    ax.set_ylabel("accuracy (%)" if any(run.kind.value("val_fraction") for run in runs) else ACCURACY)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.legend(lines.values(), lines)
     ax.grid(alpha=0.3)

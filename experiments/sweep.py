@@ -199,6 +199,8 @@ def make_jobs(args: Namespace) -> list[Job]:
         return jobs.setdefault(command(job), job)
 
     held = held_out(args)
+    if held and args.teacher_seed is not None and set(args.seeds) != {args.teacher_seed}:
+        raise UserError("--val-fraction: students of other seeds hold out other images than --teacher-seed's teacher")
     teachers: dict[tuple[str, int], tuple[Path, Job | None]] = {}
     for seed, (arch, _) in itertools.product(args.seeds, args.pairs):
         t_seed = seed if args.teacher_seed is None else args.teacher_seed

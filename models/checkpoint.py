@@ -25,7 +25,7 @@ from torch import Tensor, nn
 import models  # for model_dict, which does not exist yet while this module is imported
 
 _SUFFIXES = ("", ".pth", ".pt", ".tar", ".ckpt", ".bin")
-_KEYS = ("state_dict", "model_state_dict", "model", "net", "student")  # where the weights lie; student: in a last.pth
+_KEYS = ("state_dict", "model_state_dict", "model", "net")  # where the weights lie
 # what a network is kept in: DataParallel, compile, distillers, Lightning, our Wrapper
 _WRAPPERS = ("module", "_orig_mod", "student", "backbone", "model", "net")
 _NOT_NETWORKS = ("last.pth", "ss_head_", "features_")  # what a run keeps beside its networks
@@ -264,6 +264,8 @@ def _read(file: Path) -> object:
 
 def _state_dict(file: Path, checkpoint: object) -> dict[str, Tensor]:
     """The tensors of a checkpoint, whatever they lie in."""
+    if isinstance(checkpoint, dict) and "parts" in checkpoint and file.name == "last.pth":
+        raise CheckpointError(f"{file}: is what its run goes on from, no network; give the run's folder")
     state, advice = checkpoint, "save a network's state_dict()"
     for _ in range(4):  # the keys may lie in one another, but a checkpoint may also contain itself
         if isinstance(state, dict):

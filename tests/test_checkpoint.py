@@ -61,7 +61,6 @@ LAYOUTS = {
     "DataParallel Wrapper": lambda s: {"state_dict": prefixed(with_head(s), "module.")},
     "compiled Wrapper": lambda s: prefixed(with_head(s), "_orig_mod."),
     "compiled backbone in a Wrapper": lambda s: prefixed(s, "module.backbone._orig_mod."),
-    "student's last.pth": lambda s: {"phase": "student", "student": with_head(s), "optimisation": {}},
     "HSAKD": lambda s: {"net": s, "acc": 0.7, "epoch": 239},
     "HSAKD teacher": lambda s: {"net": prefixed(s, "backbone.") | {"auxiliary_classifier.fc1.bias": torch.ones(400)}},
     "mdistiller student with an adapter": lambda s: {
@@ -299,6 +298,11 @@ def test_what_cannot_be_meant_is_as_if_it_had_not_been_said(wrong, state, tmp_pa
     file = save({"state_dict": state, "about": ABOUT | wrong}, tmp_path / "best.pth")
     (name,) = wrong
     assert read(file, arch="resnet8").about == {key: value for key, value in ABOUT.items() if key != name}
+
+
+def test_what_a_run_goes_on_from_is_no_network(runs):
+    with pytest.raises(CheckpointError, match="last.pth: is what its run goes on from, no network; give the"):
+        read(runs.student / "ckpt" / "last.pth")
 
 
 @pytest.mark.parametrize("about", [None, 3, [], "cifar10", {}, {3: 4}], ids=str)
