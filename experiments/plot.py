@@ -263,6 +263,8 @@ def accuracy(args: argparse.Namespace) -> Figure:
     heights = [len(rows) for rows in chosen]
     figure = Figure(figsize=(8, 0.9 * len(found) + 0.27 * sum(heights)), layout="constrained")
     axes = figure.subplots(len(found), 2, squeeze=False, height_ratios=heights, width_ratios=(3, 2))
+    for ax in axes[1:, 1]:
+        ax.sharex(axes[0, 1])
     for (left, right), panel, rows in zip(axes, found, chosen, strict=True):
         left.set_title(title(panel, found), loc="left", fontsize=10)
         for y, row in enumerate(rows):

@@ -117,6 +117,7 @@ def test_accuracies_stand_beside_what_an_epoch_costs(study):
     assert [bar.get_width() for bar in cost.patches] == [50, 40, 30, 10]
     assert [bar.get_width() for bar in few_cost.patches] == [50, 30]
     assert "(%)" in all_images.get_xlabel() and "(s)" in cost.get_xlabel()
+    assert few_cost.get_xlim() == cost.get_xlim()
 
 
 def test_accuracy_by_the_share_of_the_images_is_a_line_for_each_method(study):
@@ -154,6 +155,13 @@ def test_curves_are_the_accuracies_of_the_log(tmp_path):
     ]
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["resnet8, KD, 4 views", "resnet8, SSKD"]
     assert (ax.get_xlabel(), ax.get_ylabel()) == ("epoch", "test accuracy (%)")
+    held = write_student(tmp_path / "held", PAIR, 50, 49, "--val-fraction", "0.1")
+    change(held / "result.json", test_acc=49)
+    (held / "log.jsonl").write_text((folder / "log.jsonl").read_text())
+    (ax,) = figure_of("curves", tmp_path).axes
+    labels = {text.get_text() for text in ax.get_legend().get_texts()}
+    assert labels == {"resnet8, KD, 4 views", "resnet8, SSKD", "resnet8, SSKD, held-out images"}
+    assert ax.get_ylabel() == "accuracy (%)"
 
 
 def test_methods_are_told_apart_with_and_without_their_colours():
@@ -170,6 +178,17 @@ def test_a_figure_of_a_study_repeats_and_has_a_dark_variant(study, tmp_path):
     light, dark = (matplotlib.image.imread(file)[..., :3] for file in files[2:])
     assert light[0, 0].tolist() == [1, 1, 1] and dark[0, 0].max() < 0.1
     assert dark.max(axis=(0, 1)).min() > 0.8  # its ink is light
+
+
+@pytest.mark.parametrize("more", ["", "_dark"])
+@pytest.mark.parametrize("figure", ["accuracy"])
+def test_the_committed_figures_of_the_study_are_those_of_its_record(figure, more, tmp_path):
+    committed = (ROOT / "experiments" / "figures" / f"cifar100_{figure}{more}.svg").read_bytes()
+    words = [figure.replace("_", "-"), str(ROOT / "experiments" / "cifar100.jsonl"), *["--dark"] * bool(more)]
+    plot.main([*words, "--output", str(tmp_path / "drawn.svg")])
+    assert len(committed) < 300_000
+    if f"Matplotlib v{matplotlib.__version__}," in committed.decode():  # another version may place text differently
+        assert (tmp_path / "drawn.svg").read_bytes() == committed
 
 
 def test_what_cannot_be_drawn_ends_in_one_line(study, tmp_path, fails):

@@ -204,18 +204,50 @@ def test_the_parsers_are_asked_no_more_often_for_many_seeds(listed, monkeypatch)
     assert counts[0] == counts[1] > 0
 
 
-def test_the_studys_commands_are_the_runs_of_its_record(listed):
+@pytest.fixture
+def page_runs(listed, tmp_path, monkeypatch):
+    """The flags of the runs of all sweeps in the last of some blocks of commands, once each, the others run before."""
     page = (ROOT / "experiments" / "README.md").read_text()
-    (block,) = (block for block in re.findall(r"```bash\n(.*?)```", page, re.DOTALL) if "sweep.py" in block)
-    echo = 'python() { printf "%s\\n" "$*"; }\n'
-    lines = subprocess.run(["bash", "-c", echo + block], capture_output=True, text=True, check=True).stdout.splitlines()
-    sweeps = [line.split()[1:] for line in lines if line.startswith("experiments/sweep.py")]
-    found = {repr(args): vars(args) for words in sweeps for _, args in listed(*words)}.values()
-    lines = (ROOT / "experiments" / "fashion_mnist.jsonl").read_text().splitlines()
-    recorded = [{k: v for k, v in json.loads(line)["flags"].items() if k != "teacher"} for line in lines]
-    assert len(found) == len(recorded) == 45
-    for flags in recorded:
-        assert sum(all(args.get(name) == value for name, value in flags.items()) for args in found) == 1, flags
+    monkeypatch.chdir(tmp_path)  # where the teachers that --teachers names are finished
+    for seed in (0, 1, 2):
+        (tmp_path / "experiments" / "cifar100" / f"teacher_resnet20_seed{seed}").mkdir(parents=True)
+
+    def check(study, *titles):
+        section = page.partition(f"\n## {study}\n")[2].partition("\n## ")[0]
+        parts = [section.partition(f"\n### {title}\n")[2].partition("\n### ")[0] for title in titles]
+        *before, block = ["\n".join(re.findall(r"```bash\n(.*?)```", part, re.DOTALL)) for part in parts]
+        print_it = 'python() { printf "%s\\n" "$*"; }\n'
+        script = "\n".join(["exec 3>&1 >/dev/null", print_it, *before, "exec >&3", block])
+        done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
+        sweeps = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("experiments/sweep.py")]
+        return list({repr(args): vars(args) for words in sweeps for _, args in listed(*words)}.values())
+
+    return check
+
+
+def recorded(name):
+    """The flags of the runs that a study's record has, but for those that a run notes otherwise than one gives them."""
+    lines = (ROOT / "experiments" / f"{name}.jsonl").read_text().splitlines()
+    noted = ("teacher", "t_features")
+    return [{k: v for k, v in json.loads(line)["flags"].items() if k not in noted} for line in lines]
+
+
+def is_run(args, flags):
+    return all(args.get(name) == value for name, value in flags.items())
+
+
+@pytest.mark.parametrize(("study", "name"), [("CIFAR-100", "cifar100"), ("Fashion-MNIST", "fashion_mnist")])
+def test_a_studys_commands_are_the_runs_of_its_record(study, name, page_runs):
+    found, runs = page_runs(study, "Running it"), recorded(name)
+    assert len(found) == len(runs) > 0
+    for flags in runs:
+        assert sum(is_run(args, flags) for args in found) == 1, flags
+
+
+def test_the_commands_of_what_was_not_run_are_of_other_runs(page_runs):
+    found, runs = page_runs("CIFAR-100", "Running it", "Not run"), recorded("cifar100")
+    assert found
+    assert not any(is_run(args, flags) for args in found for flags in runs)
 
 
 @pytest.mark.parametrize(
@@ -230,6 +262,7 @@ def test_the_studys_commands_are_the_runs_of_its_record(listed):
         (["--per-gpu", "0"], "--per-gpu: '0'"),
         (["--amp", "bf16"], "flags of the scripts go behind --"),
         (["teachers", "--teachers", "there"], "--teachers brings the teachers"),
+        (["--teacher-seed", "1", "--", "--val-fraction", "0.1"], "--val-fraction: students of other seeds"),
         (["--grid", "ratio-ss"], "--grid: give each flag once, with its values"),
         (["--grid", "lr", "1", "--grid", "lr", "2"], "--grid: give each flag once"),
         (["--grid", "nope", "1"], "--nope: no such flag in student.py, teacher.py"),

@@ -1,4 +1,4 @@
-"""experiments/table.py, and the study's page that it fills."""
+"""experiments/table.py, and the page of the studies."""
 
 import csv
 import errno
@@ -20,7 +20,7 @@ from experiments import runs, table
 from methods import METHODS
 
 SYNTHETIC = ("--dataset", "synthetic")
-STUDY = ROOT / "experiments" / "fashion_mnist.jsonl"
+CIFAR100, FASHION_MNIST = (ROOT / "experiments" / f"{name}.jsonl" for name in ("cifar100", "fashion_mnist"))
 PAGE = ROOT / "experiments" / "README.md"
 
 
@@ -688,22 +688,132 @@ def test_a_table_that_nobody_reads_to_its_end_ends_quietly():
     assert done.stderr == b""
 
 
-# ---------------------------------------------------------------------------------------------------------- the study
+# -------------------------------------------------------------------------------------------------------- the studies
 
 
-def test_the_studys_page_shows_what_its_record_says(capsys):
+def section(name):
+    """What the page says of a study."""
+    return PAGE.read_text().partition(f"\n## {name}\n")[2].partition("\n## ")[0]
+
+
+# The study on CIFAR-100: what holds where a table or its row says nothing else, and the page's names for the methods
+FRAME = {"--few-shot": 1.0, "--label-noise": 0.0, "--amp": "bf16", "--epoch": 8, "--t-epoch": 2, "--ratio-ss": 0.75}
+ROWS = {"kd": "KD", "fitnet": "FitNet", "at": "AT", "sp": "SP", "vid": "VID", "rkd": "RKD", "pkt": "PKT", "ab": "AB"}
+ROWS |= {"ft": "FT", "crd": "CRD", "dkd": "DKD", "ls": "KD + LS"}
+ABLATION = {(0, 0): "KD, 4 views", (2.7, 0): "KD + tf", (0, 10): "KD + ss", (2.7, 10): "SSKD"}
+T_975 = 4.302653  # of Student's distribution with two degrees of freedom, from a printed table
+
+
+def named(record):
+    """The network and method of a run, as the page names them."""
+    flags = record["flags"]
+    if "s_arch" not in flags:
+        return flags["arch"] + " alone"
+    return ROWS[flags["method"]] if "method" in flags else ABLATION[flags["tf_weight"], flags["ss_weight"]]
+
+
+def given(words):
+    """{flag: value} of the flags in backticks."""
+    return {flag: value if flag == "--amp" else float(value) for flag, value in re.findall(r"`(--\S+) (\S+)`", words)}
+
+
+def cifar100_runs(method, flags):
+    """{seed: record} of a method's runs with the flags of the frame, but for those that are given."""
+    found = {}
+    for record in records(CIFAR100):
+        its = {flag: record["flags"].get(flag[2:].replace("-", "_"), value) for flag, value in (FRAME | flags).items()}
+        if (named(record), its) == (method, FRAME | flags):
+            assert found.setdefault(record["flags"]["seed"], record) is record
+    return {seed: found[seed] for seed in sorted(found)}
+
+
+def accuracies(method, flags, which="best_acc"):
+    return np.array([record["result"][which] for record in cifar100_runs(method, flags).values()])
+
+
+def gain(a, b):
+    """Mean difference and its 95 % interval, as the page writes it, of three pairs."""
+    difference = a - b
+    half = T_975 * difference.std(ddof=1) / len(difference) ** 0.5
+    mean, low, high = (f"{difference.mean() + end:+.2f}" for end in (0, -half, half))
+    return f"{mean} [{low}, {high}]"
+
+
+def tables(text):
+    """(its flags, its title, rows by the heads of their columns) of each table."""
+    for title, lines in re.findall(r"^(\*\*[^|]*?)\n\n((?:\|.*\n)+)", text, re.MULTILINE):
+        head, _, *rows = [[text.strip() for text in line.strip("|").split("|")] for line in lines.splitlines()]
+        yield given(title), " ".join(title.split()), [dict(zip(head, row, strict=True)) for row in rows]
+
+
+def test_every_figure_in_the_tables_on_cifar100_is_reckoned_from_the_record():
+    used = []
+    for flags, title, rows in tables(section("CIFAR-100").partition("\n### Figures\n")[2].partition("\n### ")[0]):
+        runs = []
+        for row in rows:
+            found = cifar100_runs(row["method"], flags)
+            assert list(found) == [0, 1, 2], row
+            runs += found.values()
+            best, last = (accuracies(row["method"], flags, which) for which in ("best_acc", "last_acc"))
+            expected = {"method": row["method"]}
+            expected |= {n: f"{x.mean():.2f} ± {x.std(ddof=1):.2f}" for n, x in (("best", best), ("last", last))}
+            if "− KD" in row:
+                expected["− KD"] = "–" if row["method"] == "KD" else gain(best, accuracies("KD", flags))
+            assert row == expected
+        hours = sum(record["result"]["seconds"] for record in runs) / 3600
+        assert f"{len(runs)} runs, {hours:.1f} hours" in title
+        used += map(json.dumps, runs)
+    assert sorted(used) == sorted(map(json.dumps, records(CIFAR100)))
+
+
+def test_the_differences_that_the_text_on_cifar100_names_are_those_of_the_record():
+    few, long = {"--few-shot": 0.25}, {"--few-shot": 0.25, "--epoch": 32, "--t-epoch": 8}
+    sskd, kd, at, crd, plain, tf, ss = (
+        accuracies(method, few) for method in ("SSKD", "KD", "AT", "CRD", "KD, 4 views", "KD + tf", "KD + ss")
+    )
+    sskd_32, kd_32 = (accuracies(method, long) for method in ("SSKD", "KD"))
+    pairs = [(sskd, kd), (sskd, at), (sskd, crd), (plain, kd), (tf, plain), (ss, plain), (sskd, tf)]
+    pairs += [(kd_32, sskd), (sskd_32, kd_32)]
+    text = " ".join(section("CIFAR-100").partition("\n### Figures\n")[0].split())
+    assert re.findall(r"[+-]\d+\.\d\d \[[^]]*\]", text) == [gain(*pair) for pair in pairs]
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    short, later, control = (f"{(a - b).mean():.1f}" for a, b in ((sskd, kd), (sskd_32, kd_32), (kd_32, sskd)))
+    assert f"After 8 epochs SSKD is {short} points above KD" in readme
+    assert f"after 32 epochs {later}." in readme and f"is above that SSKD by {control}." in readme
+
+
+def test_how_alike_students_and_teachers_are_is_reckoned_from_its_record():
+    found = {}
+    for record in records(CIFAR100.with_name("cifar100_similarity.jsonl")):
+        method, _, weights = record["student"].partition("_student_resnet8_weight")
+        _, _, *more = weights.partition("_")[0].split("+")
+        row = ABLATION[tuple(map(float, more))] if method == "sskd" else ROWS[method]
+        assert "_few0.25_" in record["student"] and record["T"] == 1
+        found.setdefault(row, {})[record["teacher"]] = record["KL"], record["CKA"]
+    text = section("CIFAR-100").partition("\n### How alike\n")[2].partition("\n### ")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
+    expected = []
+    for row, values in found.items():
+        assert set(values) == {f"teacher_resnet20_seed{seed}" for seed in (0, 1, 2)}
+        columns = np.array(list(values.values())).T
+        expected.append([row, *(f"{column.mean():.3f} ± {column.std(ddof=1):.3f}" for column in columns)])
+    assert sorted(rows[2:]) == sorted(expected)
+    assert rows[0] == ["method", "KL", "CKA"]
+
+
+def test_the_page_shows_what_the_record_of_fashion_mnist_says(capsys):
     """Every line of the tables that table.py makes of the record stands in experiments/README.md, and no other."""
-    printed = show(capsys, STUDY, "--dataset", "fashion_mnist", "--markdown").splitlines()
-    page = PAGE.read_text().splitlines()
+    printed = show(capsys, FASHION_MNIST, "--dataset", "fashion_mnist", "--markdown").splitlines()
+    page = section("Fashion-MNIST").splitlines()
     assert [line for line in page if line.startswith(("|", "**fashion"))] == [line for line in printed if line]
     assert len(printed) > 4
 
 
-def study():
+def fashion_mnist():
     """{(network, method, few_shot, label_noise): [best and last accuracy of seed 0, of seed 1, …]} from the record."""
     methods = {(0, 0): "KD", (2.7, 0): "KD + tf", (2.7, 10): "SSKD"}
     groups = {}
-    for record in sorted(records(STUDY), key=lambda record: record["flags"]["seed"]):
+    for record in sorted(records(FASHION_MNIST), key=lambda record: record["flags"]["seed"]):
         flags, result = record["flags"], record["result"]
         method = methods[flags["tf_weight"], flags["ss_weight"]] if "s_arch" in flags else "alone"
         group = flags.get("s_arch") or flags["arch"], method, flags["few_shot"], flags["label_noise"]
@@ -712,9 +822,9 @@ def study():
     return {group: np.array(list(seeds.values())) for group, seeds in groups.items()}
 
 
-def test_the_studys_figures_are_those_of_its_record():
+def test_the_figures_on_fashion_mnist_are_those_of_its_record():
     """The same, reckoned here from the record and without table.py."""
-    table = PAGE.read_text().partition("**fashion_mnist")[2].partition("\n## ")[0]
+    table = section("Fashion-MNIST").partition("**fashion_mnist")[2].partition("\n### ")[0]
     found = {
         (
             row["network"],
@@ -726,21 +836,21 @@ def test_the_studys_figures_are_those_of_its_record():
     }
     expected = {
         group: tuple(f"{column.mean():.2f} ± {column.std(ddof=1):.2f} (5)" for column in accuracies.T)
-        for group, accuracies in study().items()
+        for group, accuracies in fashion_mnist().items()
     }
     assert found == expected
     assert len(found) == 9
 
 
-def test_the_studys_gains_are_those_of_its_record():
-    best = {group: accuracies[:, 0] for group, accuracies in study().items()}
+def test_the_gains_on_fashion_mnist_are_those_of_its_record():
+    best = {group: accuracies[:, 0] for group, accuracies in fashion_mnist().items()}
 
     def gain(over, few_shot=1.0, noise=0.0):
         return best["resnet8", "SSKD", few_shot, noise] - best["resnet8", over, few_shot, noise]
 
     few = gain("KD", few_shot=0.25)
     gains = [gain("KD"), gain("KD + tf"), few, gain("KD", noise=0.3)]
-    text = " ".join(PAGE.read_text().partition("## Figures")[0].split())
+    text = " ".join(section("Fashion-MNIST").partition("### Figures")[0].split())
     expected = [f"{gain.mean():.2f} ± {gain.std(ddof=1):.2f}" for gain in gains]
     assert re.findall(r"\d\.\d\d ± \d\.\d\d", text) == expected
 
