@@ -15,9 +15,9 @@ class BasicBlock(nn.Module):
         self.bn1 = nn.BatchNorm2d(width)
         self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(width)
-        # Of fewer than 8 channels, a 1x1 convolution with a stride takes its pixels beforehand: in channels_last its
-        # gradient would be wrong, or end the process, on CPUs without AVX-512 (oneDNN's issue 6035).
-        self.taken = stride if in_width < 8 else 1
+        # Of fewer channels than a CPU's vectors have numbers, a 1x1 convolution with a stride takes its pixels
+        # beforehand: in channels_last its gradient would be wrong, or end the process (oneDNN's issue 6035).
+        self.taken = stride if in_width < 16 else 1
         self.downsample = None
         if stride != 1 or in_width != width:
             self.downsample = nn.Sequential(

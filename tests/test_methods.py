@@ -427,7 +427,8 @@ def test_gradients_at_degenerate_rows_are_finite_and_tame(name, zero, monkeypatc
             loss.backward()
     seen = [x.grad for x in [*student.features, student.logits, *method.parameters()] if x.grad is not None]
     assert seen
-    assert max(grad.abs().max().item() for grad in seen) < 1e6  # three BNs of a constant map make FT's 1e5
+    # each of FT's three BNs of a constant map multiplies rounding errors by up to 1 / √eps = 316
+    assert max(grad.abs().max().item() for grad in seen) < 316**3
 
 
 # The five-step trajectories

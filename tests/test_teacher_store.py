@@ -423,12 +423,12 @@ def test_a_disk_that_fills_ends_in_a_fault_and_what_is_there_stays_right(how, tm
 def test_too_little_space_is_told_with_the_size_before_anything_is_written(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=46_000))
-    with pytest.raises(UserError, match=r"will grow by 0\.047 MB, and 0\.046 MB are free"):
+    with pytest.raises(UserError, match=r"will grow by 47 kB, and 46 kB are free"):
         opened("disk", split_of(), tmp_path)  # 6 · 648 · 12 bytes
     assert not list(tmp_path.iterdir())
     opened("disk", split_of(6, slice(1, 6)), tmp_path)  # only what these images can add counts
     monkeypatch.setattr(teacher_store, "_available_memory", lambda: 60_000)
-    with pytest.raises(UserError, match=r"the features take 0\.047 MB, .* 0\.06 MB"):
+    with pytest.raises(UserError, match=r"the features take 47 kB, .* 60 kB"):
         opened("memory", split_of(), tmp_path)
 
 
