@@ -372,5 +372,5 @@ def _available_memory() -> int:
 
 
 def _gb(size: int) -> str:
-    unit, name = next((each for each in ((1e9, "GB"), (1e6, "MB")) if size >= each[0]), (1e3, "kB"))
+    unit, name = (1e9, "GB") if size >= 1e9 else (1e6, "MB") if size >= 1e6 else (1e3, "kB")
     return f"{size / unit:.{1 if size < 10 * unit else 0}f} {name}"

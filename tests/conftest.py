@@ -134,6 +134,13 @@ def write_student(root, pair, best, last, *words, teacher_seed=None, teacher=Non
     return root / folder
 
 
+def section(study, title=None):
+    """What experiments/README.md says of a study, or what stands there under one of its titles."""
+    page = (ROOT / "experiments" / "README.md").read_text()
+    text = page.partition(f"\n## {study}\n")[2].partition("\n## ")[0]
+    return text if title is None else text.partition(f"\n### {title}\n")[2].partition("\n### ")[0]
+
+
 def change(file, **entries):
     """Changes entries of a JSON file."""
     file.write_text(json.dumps(json.loads(file.read_text()) | entries))

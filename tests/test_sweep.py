@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import LOW_RATE, ROOT, SHORT, TINY_STUDENT, contents, run_script
+from conftest import LOW_RATE, ROOT, SHORT, TINY_STUDENT, contents, run_script, section
 
 import baseline
 import student
@@ -207,15 +207,13 @@ def test_the_parsers_are_asked_no_more_often_for_many_seeds(listed, monkeypatch)
 @pytest.fixture
 def page_runs(listed, tmp_path, monkeypatch):
     """The flags of the runs of all sweeps in the last of some blocks of commands, once each, the others run before."""
-    page = (ROOT / "experiments" / "README.md").read_text()
     monkeypatch.chdir(tmp_path)  # where the teachers that --teachers names are finished
     for seed in (0, 1, 2):
         (tmp_path / "experiments" / "cifar100" / f"teacher_resnet20_seed{seed}").mkdir(parents=True)
 
     def check(study, *titles):
-        section = page.partition(f"\n## {study}\n")[2].partition("\n## ")[0]
-        parts = [section.partition(f"\n### {title}\n")[2].partition("\n### ")[0] for title in titles]
-        *before, block = ["\n".join(re.findall(r"```bash\n(.*?)```", part, re.DOTALL)) for part in parts]
+        parts = [re.findall(r"```bash\n(.*?)```", section(study, title), re.DOTALL) for title in titles]
+        *before, block = map("\n".join, parts)
         print_it = 'python() { printf "%s\\n" "$*"; }\n'
         script = "\n".join(["exec 3>&1 >/dev/null", print_it, *before, "exec >&3", block])
         done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)

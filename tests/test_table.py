@@ -11,7 +11,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import LOW_RATE, ROOT, START, change, flags_of, write_run, write_student, write_teacher
+from conftest import LOW_RATE, ROOT, START, change, flags_of, section, write_run, write_student, write_teacher
 
 import baseline
 import student
@@ -21,7 +21,6 @@ from methods import METHODS
 
 SYNTHETIC = ("--dataset", "synthetic")
 CIFAR100, FASHION_MNIST = (ROOT / "experiments" / f"{name}.jsonl" for name in ("cifar100", "fashion_mnist"))
-PAGE = ROOT / "experiments" / "README.md"
 
 
 def cells(printed, title, pair):
@@ -41,6 +40,11 @@ def cells(printed, title, pair):
 def listed(markdown):
     """The rows of the list that stands last in what was printed as Markdown, by the heads of their columns."""
     lines = markdown.rpartition("**\n\n")[2].partition("\n\n")[0].splitlines()
+    return rows_in(lines)
+
+
+def rows_in(lines):
+    """The rows of a Markdown table, by the heads of their columns."""
     head, _, *rows = [[text.strip() for text in line.strip("|").split("|")] for line in lines]
     return [dict(zip(head, row, strict=True)) for row in rows]
 
@@ -691,15 +695,9 @@ def test_a_table_that_nobody_reads_to_its_end_ends_quietly():
 # -------------------------------------------------------------------------------------------------------- the studies
 
 
-def section(name):
-    """What the page says of a study."""
-    return PAGE.read_text().partition(f"\n## {name}\n")[2].partition("\n## ")[0]
-
-
 # The study on CIFAR-100: what holds where a table or its row says nothing else, and the page's names for the methods
 FRAME = {"--few-shot": 1.0, "--label-noise": 0.0, "--amp": "bf16", "--epoch": 8, "--t-epoch": 2, "--ratio-ss": 0.75}
-ROWS = {"kd": "KD", "fitnet": "FitNet", "at": "AT", "sp": "SP", "vid": "VID", "rkd": "RKD", "pkt": "PKT", "ab": "AB"}
-ROWS |= {"ft": "FT", "crd": "CRD", "dkd": "DKD", "ls": "KD + LS"}
+ROWS = {name: row for name, (row, *_) in runs.METHODS.items()}
 ABLATION = {(0, 0): "KD, 4 views", (2.7, 0): "KD + tf", (0, 10): "KD + ss", (2.7, 10): "SSKD"}
 T_975 = 4.302653  # of Student's distribution with two degrees of freedom, from a printed table
 
@@ -742,13 +740,12 @@ def gain(a, b):
 def tables(text):
     """(its flags, its title, rows by the heads of their columns) of each table."""
     for title, lines in re.findall(r"^(\*\*[^|]*?)\n\n((?:\|.*\n)+)", text, re.MULTILINE):
-        head, _, *rows = [[text.strip() for text in line.strip("|").split("|")] for line in lines.splitlines()]
-        yield given(title), " ".join(title.split()), [dict(zip(head, row, strict=True)) for row in rows]
+        yield given(title), " ".join(title.split()), rows_in(lines.splitlines())
 
 
 def test_every_figure_in_the_tables_on_cifar100_is_reckoned_from_the_record():
     used = []
-    for flags, title, rows in tables(section("CIFAR-100").partition("\n### Figures\n")[2].partition("\n### ")[0]):
+    for flags, title, rows in tables(section("CIFAR-100", "Figures")):
         runs = []
         for row in rows:
             found = cifar100_runs(row["method"], flags)
@@ -790,15 +787,15 @@ def test_how_alike_students_and_teachers_are_is_reckoned_from_its_record():
         row = ABLATION[tuple(map(float, more))] if method == "sskd" else ROWS[method]
         assert "_few0.25_" in record["student"] and record["T"] == 1
         found.setdefault(row, {})[record["teacher"]] = record["KL"], record["CKA"]
-    text = section("CIFAR-100").partition("\n### How alike\n")[2].partition("\n### ")[0]
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
-    expected = []
+    text = section("CIFAR-100", "How alike")
+    shown = {row["method"]: row for row in rows_in([line for line in text.splitlines() if line[:1] == "|"])}
+    expected = {}
     for row, values in found.items():
         assert set(values) == {f"teacher_resnet20_seed{seed}" for seed in (0, 1, 2)}
         columns = np.array(list(values.values())).T
-        expected.append([row, *(f"{column.mean():.3f} ± {column.std(ddof=1):.3f}" for column in columns)])
-    assert sorted(rows[2:]) == sorted(expected)
-    assert rows[0] == ["method", "KL", "CKA"]
+        kl, cka = (f"{column.mean():.3f} ± {column.std(ddof=1):.3f}" for column in columns)
+        expected[row] = {"method": row, "KL": kl, "CKA": cka}
+    assert shown == expected
 
 
 def test_the_page_shows_what_the_record_of_fashion_mnist_says(capsys):
