@@ -262,15 +262,13 @@ def accuracy(args: argparse.Namespace) -> Figure:
     chosen = [sorted(nearest(rows).values(), key=lambda row: -best(row)[0]) for rows in found.values()]
     heights = [len(rows) for rows in chosen]
     figure = Figure(figsize=(8, 0.9 * len(found) + 0.27 * sum(heights)), layout="constrained")
-    axes = figure.subplots(len(found), 2, squeeze=False, height_ratios=heights, width_ratios=(3, 2))
-    for ax in axes[1:, 1]:
-        ax.sharex(axes[0, 1])
+    axes = figure.subplots(len(found), 2, sharex="col", squeeze=False, height_ratios=heights, width_ratios=(3, 2))
     for (left, right), panel, rows in zip(axes, found, chosen, strict=True):
         left.set_title(title(panel, found), loc="left", fontsize=10)
         for y, row in enumerate(rows):
             (mean, deviation), cost = best(row), seconds(row)
             color, marker = (LOOKS[row.kind.method][name] for name in ("color", "marker"))
-            left.errorbar(mean, y, xerr=deviation, capsize=3, color=color, marker=marker)
+            left.errorbar(mean, y, xerr=deviation, capsize=3, color=color, marker=marker, markersize=5)
             left.annotate(f"{mean:.2f}", (mean, y), (0, 5), textcoords="offset points", ha="center", fontsize=7)
             right.barh(y, cost, 0.6, color=color)
             right.annotate(f"{cost:.3g}", (cost, y), (3, 0), textcoords="offset points", va="center", fontsize=8)

@@ -117,7 +117,7 @@ def test_accuracies_stand_beside_what_an_epoch_costs(study):
     assert [bar.get_width() for bar in cost.patches] == [50, 40, 30, 10]
     assert [bar.get_width() for bar in few_cost.patches] == [50, 30]
     assert "(%)" in all_images.get_xlabel() and "(s)" in cost.get_xlabel()
-    assert few_cost.get_xlim() == cost.get_xlim()
+    assert few_cost.get_xlim() == cost.get_xlim() and few.get_xlim() == all_images.get_xlim()
 
 
 def test_accuracy_by_the_share_of_the_images_is_a_line_for_each_method(study):
