@@ -55,6 +55,7 @@ if __name__ == "__main__":
 import json
 import random
 import statistics
+import textwrap
 from collections import defaultdict
 
 import matplotlib.style
@@ -240,6 +241,13 @@ def nearest(rows: list[Row]) -> dict[str, Row]:
     return found
 
 
+def label(row: Row, rows: list[Row]) -> str:
+    """The method, with the flags that part the row from others of its method, and the number of its seeds."""
+    others = [each.kind for each in rows if each.kind.method == row.kind.method]
+    flags = [f"{typed(name)} {shown(v)}" for name, v in row.kind.own if any(kind.value(name) != v for kind in others)]
+    return textwrap.fill(" ".join([row.kind.method, *flags, f"({len(row.runs)})"]), 24, break_on_hyphens=False)
+
+
 def best(row: Row) -> tuple[float, float | None]:
     """Mean and standard deviation of the best epoch's accuracy."""
     return spread(run.accuracies[0] for run in row.runs.values())
@@ -257,9 +265,9 @@ def seconds(row: Row) -> float:
 
 
 def accuracy(args: argparse.Namespace) -> Figure:
-    """A panel for each setting: the accuracy of each method, the best first, and beside it what an epoch costs."""
+    """A panel for each setting: the accuracy of each row, the best first, and beside it what an epoch costs."""
     found = panels(rows_of(found_runs(args))) or refuse(args.paths[0], "no distilled student")
-    chosen = [sorted(nearest(rows).values(), key=lambda row: -best(row)[0]) for rows in found.values()]
+    chosen = [sorted(rows, key=lambda row: -best(row)[0]) for rows in found.values()]
     heights = [len(rows) for rows in chosen]
     figure = Figure(figsize=(8, 0.9 * len(found) + 0.27 * sum(heights)), layout="constrained")
     axes = figure.subplots(len(found), 2, sharex="col", squeeze=False, height_ratios=heights, width_ratios=(3, 2))
@@ -272,7 +280,7 @@ def accuracy(args: argparse.Namespace) -> Figure:
             left.annotate(f"{mean:.2f}", (mean, y), (0, 5), textcoords="offset points", ha="center", fontsize=7)
             right.barh(y, cost, 0.6, color=color)
             right.annotate(f"{cost:.3g}", (cost, y), (3, 0), textcoords="offset points", va="center", fontsize=8)
-        left.set_yticks(range(len(rows)), [f"{row.kind.method} ({len(row.runs)})" for row in rows])
+        left.set_yticks(range(len(rows)), [label(row, rows) for row in rows])
         right.set_yticks([])
         for ax in (left, right):
             ax.set_ylim(len(rows) - 0.4, -0.6)
