@@ -141,6 +141,17 @@ def section(study, title=None):
     return text if title is None else text.partition(f"\n### {title}\n")[2].partition("\n### ")[0]
 
 
+def rows_in(lines):
+    """The rows of a Markdown table, by the heads of their columns."""
+    head, _, *rows = [[text.strip() for text in line.strip("|").split("|")] for line in lines]
+    return [dict(zip(head, row, strict=True)) for row in rows]
+
+
+def records(file):
+    """What each line of a .jsonl file says."""
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
 def change(file, **entries):
     """Changes entries of a JSON file."""
     file.write_text(json.dumps(json.loads(file.read_text()) | entries))

@@ -1,0 +1,204 @@
+"""experiments/README.md: what it says of the studies, reckoned from their records."""
+
+import json
+import re
+
+import numpy as np
+from conftest import ROOT, records, rows_in, section
+
+from experiments import runs, table
+
+CIFAR100, FASHION_MNIST = (ROOT / "experiments" / f"{name}.jsonl" for name in ("cifar100", "fashion_mnist"))
+
+# The study on CIFAR-100: what holds where a table or its row says nothing else, and the page's names for the methods
+FRAME = {"--few-shot": 1.0, "--label-noise": 0.0, "--amp": "bf16", "--epoch": 8, "--t-epoch": 2, "--ratio-ss": 0.75}
+ROWS = {name: row for name, (row, *_) in runs.METHODS.items()}
+ABLATION = {(0, 0): "KD, 4 views", (2.7, 0): "KD + tf", (0, 10): "KD + ss", (2.7, 10): "SSKD"}
+T_975 = 4.302653  # of Student's distribution with two degrees of freedom, from a printed table
+
+
+def named(record):
+    """The network and method of a run, as the page names them."""
+    flags = record["flags"]
+    if "s_arch" not in flags:
+        return flags["arch"] + " alone"
+    if (flags["ce_weight"], flags["kd_weight"]) == (0.4, 3.6):
+        return "KD, loss × 4"
+    return ROWS[flags["method"]] if "method" in flags else ABLATION[flags["tf_weight"], flags["ss_weight"]]
+
+
+def given(words):
+    """{flag: value} of the flags in backticks."""
+    return {flag: value if flag == "--amp" else float(value) for flag, value in re.findall(r"`(--\S+) (\S+)`", words)}
+
+
+def cifar100_runs(method, flags):
+    """{seed: record} of a method's runs with the flags of the frame, but for those that are given."""
+    found = {}
+    for record in records(CIFAR100):
+        its = {flag: record["flags"].get(flag[2:].replace("-", "_"), value) for flag, value in (FRAME | flags).items()}
+        if (named(record), its) == (method, FRAME | flags):
+            assert found.setdefault(record["flags"]["seed"], record) is record
+    return {seed: found[seed] for seed in sorted(found)}
+
+
+def accuracies(method, flags, which="best_acc"):
+    return np.array([record["result"][which] for record in cifar100_runs(method, flags).values()])
+
+
+def gain(a, b):
+    """Mean difference and its 95 % interval, as the page writes it, of three pairs."""
+    difference = a - b
+    half = T_975 * difference.std(ddof=1) / len(difference) ** 0.5
+    mean, low, high = (f"{difference.mean() + end:+.2f}" for end in (0, -half, half))
+    return f"{mean} [{low}, {high}]"
+
+
+def tables(text):
+    """(its flags, its title, rows by the heads of their columns) of each table."""
+    for title, lines in re.findall(r"^(\*\*[^|]*?)\n\n((?:\|.*\n)+)", text, re.MULTILINE):
+        yield given(title), " ".join(title.split()), rows_in(lines.splitlines())
+
+
+# what a table's last column compares a row with, by the column's head: the method, and the flags that differ
+COMPARED = {"− KD": ("KD", {}), "− bf16": (None, {"--amp": "bf16"})}
+
+
+def test_every_figure_in_the_tables_on_cifar100_is_reckoned_from_the_record():
+    used = []
+    for flags, title, rows in tables(section("CIFAR-100", "Figures")):
+        runs = []
+        for row in rows:
+            method = row["method"]
+            found = cifar100_runs(method, flags)
+            assert list(found) == [0, 1, 2], row
+            runs += found.values()
+            best, last = (accuracies(method, flags, which) for which in ("best_acc", "last_acc"))
+            expected = {"method": method}
+            expected |= {n: f"{x.mean():.2f} ± {x.std(ddof=1):.2f}" for n, x in (("best", best), ("last", last))}
+            for head in row.keys() & COMPARED:
+                other, differing = COMPARED[head]
+                expected[head] = "–" if method == other else gain(best, accuracies(other or method, flags | differing))
+            assert row == expected
+        hours = sum(record["result"]["seconds"] for record in runs) / 3600
+        assert f"{len(runs)} runs, {hours:.1f} hours" in title
+        used += map(json.dumps, runs)
+    assert sorted(used) == sorted(map(json.dumps, records(CIFAR100)))
+    hours = sum(record["result"]["seconds"] for record in records(CIFAR100)) / 3600
+    assert f"It takes {hours:.0f} hours of a core" in section("CIFAR-100", "Running it")
+
+
+def test_the_differences_that_the_text_on_cifar100_names_are_those_of_the_record():
+    few = {"--few-shot": 0.25}
+    sskd, kd, kd_4, alone = (accuracies(method, few) for method in ("SSKD", "KD", "KD, loss × 4", "resnet8 alone"))
+    at, crd, plain, tf, ss = (accuracies(each, few) for each in ("AT", "CRD", "KD, 4 views", "KD + tf", "KD + ss"))
+    sskd_float, kd_float = (accuracies(method, few | {"--amp": "off"}) for method in ("SSKD", "KD"))
+    long = few | {"--epoch": 32, "--t-epoch": 8}
+    sskd_32, kd_32, kd_4_32, tf_32 = (accuracies(each, long) for each in ("SSKD", "KD", "KD, loss × 4", "KD + tf"))
+    of_all = (accuracies(method, {}) for method in ("SSKD", "KD", "KD, loss × 4", "resnet8 alone"))
+    sskd_all, kd_all, kd_4_all, alone_all = of_all
+
+    pairs = [(sskd, kd), (sskd, at), (sskd, crd), (plain, kd), (tf, plain), (ss, plain), (sskd, plain), (sskd, tf)]
+    pairs += [(sskd_32, tf_32), (kd_4, kd), (sskd, kd_4), (kd_4_32, kd_32), (sskd_32, kd_4_32)]
+    pairs += [(kd_4_all, kd_all), (sskd_all, kd_4_all), (sskd_32, kd_32), (sskd_all, kd_all), (kd_all, kd_32)]
+    pairs += [(kd_32, sskd), (kd_32, kd), (kd_all, alone_all), (kd, alone)]
+    pairs += [(sskd_float, sskd), (kd_float, kd), (sskd_float, kd_float)]
+    text = " ".join(section("CIFAR-100").partition("\n### Figures\n")[0].split())
+    assert re.findall(r"[+-]\d+\.\d\d \[[^]]*\]", text) == [gain(*pair) for pair in pairs]
+
+    cells = np.stack([kd, at, crd, plain, tf, ss, sskd])  # 6 · 2 degrees are free beside the means
+    rest = cells - cells.mean(0) - cells.mean(1, keepdims=True) + cells.mean()
+    assert f"good to about ± {2.178813 * ((rest**2).sum() / 12 * 2 / 3) ** 0.5:.1f}." in text
+    pairs = [(sskd, kd), (sskd_32, kd_32), (sskd_all, kd_all), (kd_32, sskd)]
+    short, later, whole, control = (f"{(a - b).mean():.1f}" for a, b in pairs)
+    assert f"it falls from {short} (" in text
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    assert f"SSKD is {short} points above KD after 8 epochs and {later} after 32;" in readme
+    assert f"with all images it is {whole} above KD after 8." in readme
+    assert f"is {(sskd - kd_4).mean():.1f} below SSKD after 8 epochs" in readme
+    assert f"is {control} above SSKD with 8." in readme
+
+
+def test_how_alike_students_and_teachers_are_is_reckoned_from_its_record():
+    found = {}
+    for record in records(CIFAR100.with_name("cifar100_similarity.jsonl")):
+        method, _, weights = record["student"].partition("_student_resnet8_weight")
+        _, _, *more = weights.partition("_")[0].split("+")
+        row = ABLATION[tuple(map(float, more))] if method == "sskd" else ROWS[method]
+        assert "_few0.25_" in record["student"] and record["T"] == 1
+        found.setdefault(row, {})[record["teacher"]] = record["KL"], record["CKA"]
+    text = section("CIFAR-100", "How alike")
+    shown = {row["method"]: row for row in rows_in([line for line in text.splitlines() if line[:1] == "|"])}
+    expected = {}
+    for row, values in found.items():
+        assert set(values) == {f"teacher_resnet20_seed{seed}" for seed in (0, 1, 2)}
+        columns = np.array(list(values.values())).T
+        kl, cka = (f"{column.mean():.3f} ± {column.std(ddof=1):.3f}" for column in columns)
+        expected[row] = {"method": row, "KL": kl, "CKA": cka}
+    assert shown == expected
+
+
+def test_the_page_shows_what_the_record_of_fashion_mnist_says(capsys):
+    """Every line of the tables that table.py makes of the record stands in experiments/README.md, and no other."""
+    table.main([str(FASHION_MNIST), "--dataset", "fashion_mnist", "--markdown"])
+    printed = capsys.readouterr().out.splitlines()
+    page = section("Fashion-MNIST").splitlines()
+    assert [line for line in page if line.startswith(("|", "**fashion"))] == [line for line in printed if line]
+    assert len(printed) > 4
+
+
+def fashion_mnist():
+    """{(network, method, few_shot, label_noise): [best and last accuracy of seed 0, of seed 1, …]} from the record."""
+    methods = {(0, 0): "KD", (2.7, 0): "KD + tf", (2.7, 10): "SSKD"}
+    groups = {}
+    for record in sorted(records(FASHION_MNIST), key=lambda record: record["flags"]["seed"]):
+        flags, result = record["flags"], record["result"]
+        method = methods[flags["tf_weight"], flags["ss_weight"]] if "s_arch" in flags else "alone"
+        group = flags.get("s_arch") or flags["arch"], method, flags["few_shot"], flags["label_noise"]
+        groups.setdefault(group, {})[flags["seed"]] = result["best_acc"], result["last_acc"]
+    assert all(list(seeds) == [0, 1, 2, 3, 4] for seeds in groups.values())
+    return {group: np.array(list(seeds.values())) for group, seeds in groups.items()}
+
+
+def test_the_figures_on_fashion_mnist_are_those_of_its_record():
+    """The same, reckoned here from the record and without table.py."""
+    lines = [line for line in section("Fashion-MNIST", "Figures").splitlines() if line.startswith("|")]
+    found = {
+        (
+            row["network"],
+            row["method"].removesuffix(", 4 views"),
+            float(row["--few-shot"]),
+            float(row["--label-noise"]),
+        ): (row["best"], row["last"])
+        for row in rows_in(lines)
+    }
+    expected = {
+        group: tuple(f"{column.mean():.2f} ± {column.std(ddof=1):.2f} (5)" for column in accuracies.T)
+        for group, accuracies in fashion_mnist().items()
+    }
+    assert found == expected
+    assert len(found) == 9
+
+
+def test_the_gains_on_fashion_mnist_are_those_of_its_record():
+    best = {group: accuracies[:, 0] for group, accuracies in fashion_mnist().items()}
+
+    def gain(over, few_shot=1.0, noise=0.0):
+        return best["resnet8", "SSKD", few_shot, noise] - best["resnet8", over, few_shot, noise]
+
+    few = gain("KD", few_shot=0.25)
+    gains = [gain("KD"), gain("KD + tf"), few, gain("KD", noise=0.3)]
+    text = " ".join(section("Fashion-MNIST").partition("### Figures")[0].split())
+    expected = [f"{gain.mean():.2f} ± {gain.std(ddof=1):.2f}" for gain in gains]
+    assert re.findall(r"\d\.\d\d ± \d\.\d\d", text) == expected
+
+    alone, kd, tf, sskd = (best["resnet8", method, 1.0, 0.0] for method in ("alone", "KD", "KD + tf", "SSKD"))
+    assert f"({alone.mean():.1f} → {kd.mean():.1f} and {tf.mean():.1f})" in text
+    assert f"{sskd.mean():.1f}" == f"{tf.mean():.1f}"
+    assert "KD is above it in each of the five seeds" in text and (kd > alone).all()
+    assert "SSKD is above KD in each of the five seeds" in text and (few > 0).all()
+    assert f"from {few.min():.1f} to {few.max():.1f}," in text
+    assert f"KD loses only {(kd - best['resnet8', 'KD', 1.0, 0.3]).mean():.1f} to the noise" in text
+    t = few.mean() / few.std(ddof=1) * 5**0.5
+    p = 1 - t * (t**2 + 6) / (t**2 + 4) ** 1.5  # of Student's t with 4 degrees of freedom, two-sided
+    assert f"p = {p:.3f}" in text
