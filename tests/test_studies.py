@@ -67,12 +67,12 @@ COMPARED = {"− KD": ("KD", {}), "− bf16": (None, {"--amp": "bf16"})}
 def test_every_figure_in_the_tables_on_cifar100_is_reckoned_from_the_record():
     used = []
     for flags, title, rows in tables(section("CIFAR-100", "Figures")):
-        runs = []
+        of_table = []
         for row in rows:
             method = row["method"]
             found = cifar100_runs(method, flags)
             assert list(found) == [0, 1, 2], row
-            runs += found.values()
+            of_table += found.values()
             best, last = (accuracies(method, flags, which) for which in ("best_acc", "last_acc"))
             expected = {"method": method}
             expected |= {n: f"{x.mean():.2f} ± {x.std(ddof=1):.2f}" for n, x in (("best", best), ("last", last))}
@@ -80,9 +80,9 @@ def test_every_figure_in_the_tables_on_cifar100_is_reckoned_from_the_record():
                 other, differing = COMPARED[head]
                 expected[head] = "–" if method == other else gain(best, accuracies(other or method, flags | differing))
             assert row == expected
-        hours = sum(record["result"]["seconds"] for record in runs) / 3600
-        assert f"{len(runs)} runs, {hours:.1f} hours" in title
-        used += map(json.dumps, runs)
+        hours = sum(record["result"]["seconds"] for record in of_table) / 3600
+        assert f"{len(of_table)} runs, {hours:.1f} hours" in title
+        used += map(json.dumps, of_table)
     assert sorted(used) == sorted(map(json.dumps, records(CIFAR100)))
     hours = sum(record["result"]["seconds"] for record in records(CIFAR100)) / 3600
     assert f"It takes {hours:.0f} hours of a core" in section("CIFAR-100", "Running it")
@@ -141,7 +141,9 @@ def test_how_alike_students_and_teachers_are_is_reckoned_from_its_record():
 def test_the_page_shows_what_the_record_of_fashion_mnist_says(capsys):
     """Every line of the tables that table.py makes of the record stands in experiments/README.md, and no other."""
     table.main([str(FASHION_MNIST), "--dataset", "fashion_mnist", "--markdown"])
-    printed = capsys.readouterr().out.splitlines()
+    shown = capsys.readouterr()
+    assert shown.err == ""
+    printed = shown.out.splitlines()
     page = section("Fashion-MNIST").splitlines()
     assert [line for line in page if line.startswith(("|", "**fashion"))] == [line for line in printed if line]
     assert len(printed) > 4
