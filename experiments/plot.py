@@ -245,7 +245,7 @@ def label(row: Row, rows: list[Row]) -> str:
     """The method, with the flags that part the row from others of its method, and the number of its seeds."""
     others = [each.kind for each in rows if each.kind.method == row.kind.method]
     flags = [f"{typed(name)} {shown(v)}" for name, v in row.kind.own if any(kind.value(name) != v for kind in others)]
-    return textwrap.fill(" ".join([row.kind.method, *flags, f"({len(row.runs)})"]), 24, break_on_hyphens=False)
+    return textwrap.fill(" ".join([row.kind.method, *flags, f"({len(row.runs)})"]), 40, break_on_hyphens=False)
 
 
 def best(row: Row) -> tuple[float, float | None]:
@@ -269,18 +269,18 @@ def accuracy(args: argparse.Namespace) -> Figure:
     found = panels(rows_of(found_runs(args))) or refuse(args.paths[0], "no distilled student")
     chosen = [sorted(rows, key=lambda row: -best(row)[0]) for rows in found.values()]
     heights = [len(rows) for rows in chosen]
-    figure = Figure(figsize=(8, 0.9 * len(found) + 0.27 * sum(heights)), layout="constrained")
+    figure = Figure(figsize=(8, 0.6 * len(found) + 0.2 * sum(heights)), layout="constrained")
     axes = figure.subplots(len(found), 2, sharex="col", squeeze=False, height_ratios=heights, width_ratios=(3, 2))
     for (left, right), panel, rows in zip(axes, found, chosen, strict=True):
-        left.set_title(title(panel, found), loc="left", fontsize=10)
+        left.set_title(title(panel, found), loc="left", fontsize=9)
         for y, row in enumerate(rows):
             (mean, deviation), cost = best(row), seconds(row)
             color, marker = (LOOKS[row.kind.method][name] for name in ("color", "marker"))
             left.errorbar(mean, y, xerr=deviation, capsize=3, color=color, marker=marker, markersize=5)
-            left.annotate(f"{mean:.2f}", (mean, y), (0, 5), textcoords="offset points", ha="center", fontsize=7)
             right.barh(y, cost, 0.6, color=color)
-            right.annotate(f"{cost:.3g}", (cost, y), (3, 0), textcoords="offset points", va="center", fontsize=8)
-        left.set_yticks(range(len(rows)), [label(row, rows) for row in rows])
+            for ax, end, text in ((left, mean + (deviation or 0), f"{mean:.2f}"), (right, cost, f"{cost:.3g}")):
+                ax.annotate(text, (end, y), (5, 0), textcoords="offset points", va="center", fontsize=8)
+        left.set_yticks(range(len(rows)), [label(row, rows) for row in rows], fontsize=8)
         right.set_yticks([])
         for ax in (left, right):
             ax.set_ylim(len(rows) - 0.4, -0.6)

@@ -181,7 +181,7 @@ def test_a_figure_of_a_study_repeats_and_has_a_dark_variant(study, tmp_path):
 
 
 @pytest.mark.parametrize("more", ["", "_dark"])
-@pytest.mark.parametrize("figure", ["accuracy", "few-shot"])
+@pytest.mark.parametrize("figure", ["accuracy", "few-shot", "ratio-ss"])
 def test_the_committed_figures_of_the_study_are_those_of_its_record(figure, more, tmp_path):
     name = f"cifar100_{figure.replace('-', '_')}{more}.svg"
     committed = (ROOT / "experiments" / "figures" / name).read_bytes()

@@ -54,6 +54,14 @@ def gain(a, b):
     return f"{mean} [{low}, {high}]"
 
 
+def half_width(cells, t):
+    """Of the 95 % interval of a difference of two methods, from what method and seed leave over of all their cells."""
+    cells = np.stack(cells)
+    rest = cells - cells.mean(0) - cells.mean(1, keepdims=True) + cells.mean()
+    methods, seeds = cells.shape
+    return t * ((rest**2).sum() / ((methods - 1) * (seeds - 1)) * 2 / seeds) ** 0.5
+
+
 def tables(text):
     """(its flags, its title, rows by the heads of their columns) of each table."""
     for title, lines in re.findall(r"^(\*\*[^|]*?)\n\n((?:\|.*\n)+)", text, re.MULTILINE):
@@ -61,7 +69,7 @@ def tables(text):
 
 
 # what a table's last column compares a row with, by the column's head: the method, and the flags that differ
-COMPARED = {"− KD": ("KD", {}), "− bf16": (None, {"--amp": "bf16"})}
+COMPARED = {"− KD": ("KD", {}), "− bf16": (None, {"--amp": "bf16"}), "− k = 0.75": (None, {"--ratio-ss": 0.75})}
 
 
 def test_every_figure_in_the_tables_on_cifar100_is_reckoned_from_the_record():
@@ -70,15 +78,16 @@ def test_every_figure_in_the_tables_on_cifar100_is_reckoned_from_the_record():
         of_table = []
         for row in rows:
             method = row["method"]
-            found = cifar100_runs(method, flags)
+            its = flags | ({"--ratio-ss": float(row["k"])} if "k" in row else {})
+            found = cifar100_runs(method, its)
             assert list(found) == [0, 1, 2], row
             of_table += found.values()
-            best, last = (accuracies(method, flags, which) for which in ("best_acc", "last_acc"))
-            expected = {"method": method}
+            best, last = (accuracies(method, its, which) for which in ("best_acc", "last_acc"))
+            expected = {name: row[name] for name in row.keys() & {"method", "k"}}
             expected |= {n: f"{x.mean():.2f} ± {x.std(ddof=1):.2f}" for n, x in (("best", best), ("last", last))}
             for head in row.keys() & COMPARED:
                 other, differing = COMPARED[head]
-                expected[head] = "–" if method == other else gain(best, accuracies(other or method, flags | differing))
+                expected[head] = "–" if method == other else gain(best, accuracies(other or method, its | differing))
             assert row == expected
         hours = sum(record["result"]["seconds"] for record in of_table) / 3600
         assert f"{len(of_table)} runs, {hours:.1f} hours" in title
@@ -92,6 +101,7 @@ def test_the_differences_that_the_text_on_cifar100_names_are_those_of_the_record
     few = {"--few-shot": 0.25}
     sskd, kd, kd_4, alone = (accuracies(method, few) for method in ("SSKD", "KD", "KD, loss × 4", "resnet8 alone"))
     at, crd, plain, tf, ss = (accuracies(each, few) for each in ("AT", "CRD", "KD, 4 views", "KD + tf", "KD + ss"))
+    other_k = [accuracies("SSKD", few | {"--ratio-ss": k}) for k in (0, 0.25, 0.5, 1)]
     sskd_float, kd_float = (accuracies(method, few | {"--amp": "off"}) for method in ("SSKD", "KD"))
     long = few | {"--epoch": 32, "--t-epoch": 8}
     sskd_32, kd_32, kd_4_32, tf_32 = (accuracies(each, long) for each in ("SSKD", "KD", "KD, loss × 4", "KD + tf"))
@@ -99,16 +109,19 @@ def test_the_differences_that_the_text_on_cifar100_names_are_those_of_the_record
     sskd_all, kd_all, kd_4_all, alone_all = of_all
 
     pairs = [(sskd, kd), (sskd, at), (sskd, crd), (plain, kd), (tf, plain), (ss, plain), (sskd, plain), (sskd, tf)]
-    pairs += [(sskd_32, tf_32), (kd_4, kd), (sskd, kd_4), (kd_4_32, kd_32), (sskd_32, kd_4_32)]
+    pairs += [(sskd_32, tf_32), *((k, sskd) for k in other_k)]
+    pairs += [(kd_4, kd), (sskd, kd_4), (kd_4_32, kd_32), (sskd_32, kd_4_32)]
     pairs += [(kd_4_all, kd_all), (sskd_all, kd_4_all), (sskd_32, kd_32), (sskd_all, kd_all), (kd_all, kd_32)]
     pairs += [(kd_32, sskd), (kd_32, kd), (kd_all, alone_all), (kd, alone)]
     pairs += [(sskd_float, sskd), (kd_float, kd), (sskd_float, kd_float)]
     text = " ".join(section("CIFAR-100").partition("\n### Figures\n")[0].split())
     assert re.findall(r"[+-]\d+\.\d\d \[[^]]*\]", text) == [gain(*pair) for pair in pairs]
 
-    cells = np.stack([kd, at, crd, plain, tf, ss, sskd])  # 6 · 2 degrees are free beside the means
-    rest = cells - cells.mean(0) - cells.mean(1, keepdims=True) + cells.mean()
-    assert f"good to about ± {2.178813 * ((rest**2).sum() / 12 * 2 / 3) ** 0.5:.1f}." in text
+    pooled = half_width([kd, at, crd, plain, tf, ss, sskd], 2.178813)  # Student's t with 6 · 2 degrees
+    assert f"quarter of the images is good to about ± {pooled:.1f}." in text
+    pooled = half_width([*other_k, sskd], 2.306004)  # with 4 · 2
+    assert f"pooled over the five a difference is good to about ± {pooled:.1f} only." in text
+    assert "0.75 is the lowest of the five" in text and all(sskd.mean() < k.mean() for k in other_k)
     pairs = [(sskd, kd), (sskd_32, kd_32), (sskd_all, kd_all), (kd_32, sskd)]
     short, later, whole, control = (f"{(a - b).mean():.1f}" for a, b in pairs)
     assert f"it falls from {short} (" in text
