@@ -82,7 +82,8 @@ def padding(side: int) -> int:
 class Batch(NamedTuple):
     """B images of a split in V views each, on the device."""
 
-    x: Tensor  # (V·B, 3, side, side) float32, normalised, channels last; the views of an image follow one another
+    # (V·B, 3, side, side) float32, normalised, channels last; the views of an image follow one another. None: not asked
+    x: Tensor | None
     target: Tensor  # (B,) labels
     rows: Tensor  # (B,) which images of the split they are
     window: Tensor  # (B, V) which of the windows (648 of side 32) each view is, see `windows`
@@ -221,25 +222,25 @@ class Images:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def batches(self, phase: str, epoch: int, views: int, features: bool = False) -> Iterator[Batch]:
+    def batches(self, phase: str, epoch: int, views: int, features: bool = False, cut: bool = True) -> Iterator[Batch]:
         """A training epoch, whose last batch may be smaller.
 
         `views` is 1 (flip and crop) or 4 (rotated by 0, 90, 180, 270 degrees, sharing their flip, not their crop).
         With `features` the batches bring the teacher's, if they are stored; it looks at what is new to it before this
-        returns.
+        returns. `cut=False` leaves the views out of these batches, for those who read nothing but the features.
         """
         draws = draw(len(self), views, self.seed, phase, epoch, self.side)
         order, window = (x.to(self.labels.device) for x in draws)
-        return self._cut_into(self.batch_size, order, window, self._looked(order, window, features))
+        return self._cut_into(self.batch_size, order, window, self._looked(order, window, features), cut)
 
-    def test_batches(self, views: int, features: bool = False) -> Iterator[Batch]:
-        """The images in their own order, not flipped, not cropped, rotated if `views` is 4; `features` as above.
+    def test_batches(self, views: int, features: bool = False, cut: bool = True) -> Iterator[Batch]:
+        """The images in their own order, not flipped, not cropped, rotated if `views` is 4; the rest as above.
 
         A batch has 4 · batch_size views, so that none needs more memory than a student's training step.
         """
         rows = torch.arange(len(self), device=self.labels.device)
         window = self.test_windows(views).expand(len(self), views)
-        return self._cut_into(4 * self.batch_size // views, rows, window, self._looked(rows, window, features))
+        return self._cut_into(4 * self.batch_size // views, rows, window, self._looked(rows, window, features), cut)
 
     def test_windows(self, views: int) -> Tensor:
         """The windows (V,) of every test image's views."""
@@ -249,11 +250,14 @@ class Images:
     def _looked(self, order: Tensor, window: Tensor, features: bool) -> Tensor | None:
         return self.features(order, window) if features and self.features else None
 
-    def _cut_into(self, size: int, order: Tensor, window: Tensor, features: Tensor | None) -> Iterator[Batch]:
+    def _cut_into(
+        self, size: int, order: Tensor, window: Tensor, features: Tensor | None, cut: bool
+    ) -> Iterator[Batch]:
         for i in range(0, len(order), size):
             rows, seen = order[i : i + size], window[i : i + size]
             feature = None if features is None else features[i : i + size].flatten(0, 1).contiguous()
-            yield Batch(self.views(rows, seen), self.labels[rows], rows, seen, feature)
+            x = self.views(rows, seen) if cut or feature is None else None
+            yield Batch(x, self.labels[rows], rows, seen, feature)
 
     def views(self, rows: Tensor, window: Tensor) -> Tensor:
         """Normalised views of the images `rows` (B,) as `window` (B, V) says: (V·B, 3, side, side), channels last."""

@@ -133,7 +133,7 @@ def train_ss_head(
     features = None
     for epoch in run.epochs("ss_head", args.t_epoch, head=head, optimisation=sgd):
         features = features or ss_test_features(teacher, val_set, autocast)
-        batches = train_set.batches("ss_head", epoch, VIEWS, features=True)
+        batches = train_set.batches("ss_head", epoch, VIEWS, features=True, cut=False)
         trained = utils.train_epoch(head, loss_of, batches, sgd, len(train_set), f"SS head epoch {epoch}")
         tested = test_ss_head(head, features, autocast, f"test after SS head epoch {epoch}")
         run.log(epoch, len(train_set), train=trained | {"teacher_lr": sgd.lr}, val=tested)
@@ -163,7 +163,7 @@ def ss_loss_and_log(embedding: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
 def ss_test_features(teacher: Wrapper, images: cifar.Images, autocast: Callable) -> list[Tensor]:
     """(4B, D) of each batch of the test set. The backbone is frozen, so once serves all epochs of the head."""
     with autocast():
-        batches = images.test_batches(VIEWS, features=True)
+        batches = images.test_batches(VIEWS, features=True, cut=False)
         return [teacher(batch.x, feature=batch.feature).feature for batch in batches]
 
 

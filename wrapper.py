@@ -40,11 +40,11 @@ class Wrapper(nn.Module):
         self.proj_head = nn.Sequential(nn.Linear(width, width), nn.ReLU(inplace=True), nn.Linear(width, width))
         self._classifier = (classifier(backbone),)  # in a tuple: it is a part of the backbone, not another one
 
-    def forward(self, x: Tensor, bb_grad: bool = True, feature: Tensor | None = None) -> Output:
+    def forward(self, x: Tensor | None, bb_grad: bool = True, feature: Tensor | None = None) -> Output:
         """(N, 3, 32, 32) → logits, embedding, feature.
 
         With `bb_grad=False` no graph is built for the backbone: the gradient of the embedding stops at the SS head.
-        Where a stored `feature` (N, D) says what the backbone sees in x, only its classifier runs.
+        Where a stored `feature` (N, D) says what the backbone sees, only its classifier runs and x may be None.
         """
         with torch.set_grad_enabled(bb_grad and torch.is_grad_enabled()):
             if feature is None:

@@ -189,10 +189,10 @@ def here_side(plan: Plan, pair: str) -> Side:
     sizes = (plan.images, plan.ss_test_images)
     train_set, test_set = (cifar.Images(*noise(size), STATISTICS, plan.device, plan.batch) for size in sizes)
 
-    def epochs(features: bool) -> Iterator[cifar.Batch]:
-        return chain.from_iterable(train_set.batches("bench", epoch, VIEWS, features) for epoch in count())
+    def epochs(features: bool, cut: bool = True) -> Iterator[cifar.Batch]:
+        return chain.from_iterable(train_set.batches("bench", epoch, VIEWS, features, cut) for epoch in count())
 
-    batches, stored = epochs(features=False), epochs(features=True)
+    batches, stored, uncut = epochs(features=False), epochs(features=True), epochs(features=True, cut=False)
     x = next(batches).x
     some = teacher(x).feature.half().unflatten(0, (-1, VIEWS))
     train_set.features = lambda rows, window: some[rows % len(some)]  # reading them has a figure of its own
@@ -217,7 +217,7 @@ def here_side(plan: Plan, pair: str) -> Side:
         "student_step": partial(train, network, loss_of, sgd),
         "student_step_stored": partial(train, network, loss_of, sgd, batches=stored),
         "ss_step": partial(train, head, ss_loss_of, head_sgd),
-        "ss_step_stored": partial(train, head, ss_loss_of, head_sgd, batches=stored),
+        "ss_step_stored": partial(train, head, ss_loss_of, head_sgd, batches=uncut),
         "look": times(looks.at_new_views),
         "features_read memory": times(partial(looks.read, "memory")),
         "features_read disk": times(partial(looks.read, "disk")),

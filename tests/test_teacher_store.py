@@ -272,6 +272,32 @@ def test_batches_bring_the_features_of_their_own_views(tmp_path):
         for batch in batches:
             assert torch.equal(batch.feature, Eyes()(batch.x)[0][0].half())
     assert all(batch.feature is None for batch in images.batches("student", 1, 4))
+    whole, bare = (list(images.batches("student", 1, 4, features=True, cut=cut)) for cut in (True, False))
+    assert all(torch.equal(a.feature, b.feature) and b.x is None for a, b in zip(whole, bare, strict=True))
+    images.features = None  # what is not stored has to be looked at
+    bare = images.batches("student", 1, 4, features=True, cut=False)
+    assert all(torch.equal(a.x, b.x) for a, b in zip(whole, bare, strict=True))
+
+
+def test_a_student_whose_head_is_there_and_that_is_stopped_at_once_has_lost_nothing(
+    runs, tmp_path, monkeypatch, capsys
+):
+    """log.jsonl has the head's epochs from the first one of its own on, like last.pth."""
+    command = ["--t-path", str(runs.teacher), *TINY_STUDENT, "--kd-T", "3", "--experiments", str(tmp_path)]
+
+    def broken(*_):
+        raise utils.Fault("stopped")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(utils, "train_epoch", broken)
+        assert end_of(student.main, command) == 1
+    capsys.readouterr()
+    student.main(command)
+    shown = capsys.readouterr()
+    assert "SS head: read from" in shown.out and shown.err == ""
+    (folder,) = tmp_path.iterdir()
+    phases = [json.loads(line)["phase"] for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert phases == ["ss_head", "ss_head", "student", "student", "student"]
 
 
 def test_the_test_split_has_a_table_of_its_own_with_four_windows_an_image(tmp_path):
