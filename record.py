@@ -82,7 +82,9 @@ def entry(*kinds: type[Exception]) -> Callable:
                 main(argv)
             except (UserError, *kinds) as error:
                 status, line = 2, f"error: {error}"
-            except torch.OutOfMemoryError:
+            except RuntimeError as error:
+                if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+                    raise
                 status, line = 1, "error: the device is out of memory; a smaller --batch-size needs less"
             except (Fault, OSError, MemoryError) as error:
                 status, line = 1, f"error: {str(error) or type(error).__name__}"
@@ -299,12 +301,14 @@ class Run:
         """Takes the folder for this process and notes down what runs in it; `more` in config.json and result.json.
 
         Raises:
-            UserError: another process is running there.
+            UserError: another process is running there, or a file is where a folder of its path should be.
         """
         try:
             self.ckpt.mkdir(parents=True, exist_ok=True)
             (self.folder / "events").mkdir(exist_ok=True)
             self._lock = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise UserError(f"{self.folder} could not be made: {error.filename} is a file or lies below one") from error
         except OSError as error:
             raise Fault(f"{self.folder} could not be made: {error.strerror}") from error
         weakref.finalize(self, os.close, self._lock)  # held until the run or its process ends, however they end
@@ -320,6 +324,7 @@ class Run:
         last = self.last or copy.deepcopy(FRESH)
         self.done, self.acc, self.best, self.seconds = last["done"], last["acc"], last["best"], last["seconds"]
         self.files, self.unwritten = last["files"], list(last["files"])
+        self.replayed: list[tuple[str, int, dict[str, float]]] = []
         if not self.last:
             self._warn()
         self._cut_back(last["sizes"])
@@ -340,7 +345,7 @@ class Run:
         """Tells what is odd about a run that begins."""
         for of_head in ("", "t_"):
             milestones, epochs = (self.flags.get(of_head + name) for name in ("milestones", "epoch"))
-            if milestones and milestones[0] > epochs:
+            if milestones and 1 < epochs <= milestones[0]:
                 flag = f"--{of_head}milestones".replace("_", "-")
                 warn(f"{flag} {' '.join(map(str, milestones))}: the learning rate never falls within {epochs} epochs")
         if any(path.stat().st_size for path in self.folder.glob("log.jsonl")):
@@ -447,7 +452,9 @@ class Run:
         self._check_lock()
         scalars = {f"{split}/{name}": value for split, values in splits.items() for name, value in values.items()}
         scalars = {tag: value for tag, value in scalars.items() if value is not None}
-        self._record(self.phase, epoch, scalars)
+        for each in (*self.replayed, (self.phase, epoch, scalars)):
+            self._record(*each)
+        self.replayed = []
         now = time.monotonic()
         seconds, self._mark = now - self._mark, now
         self._add_events(epoch, summary.scalar(f"speed/{self.phase}_images_per_second", images / seconds))
@@ -480,9 +487,8 @@ class Run:
         ]
 
     def replay(self, phase: str, lines: list[dict[str, float]]) -> None:
-        """Records a phase that another run went through before, which counts as done."""
-        for epoch, scalars in enumerate(lines, 1):
-            self._record(phase, epoch, scalars)
+        """Counts a phase that another run went through before as done; the next epoch's record begins with it."""
+        self.replayed = [(phase, epoch, scalars) for epoch, scalars in enumerate(lines, 1)]
         self.done.append(phase)
 
     def show(self, epoch: int, tag: str, image: Tensor) -> None:

@@ -226,7 +226,8 @@ def test_missing_and_corrupt_data_say_what_to_do(tmp_path, monkeypatch, fails):
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_run_folder_that_cannot_be_made_is_the_machines_fault(tmp_path, fails):
+@pytest.mark.parametrize("more", ["", "below"])
+def test_a_run_folder_cannot_be_made_below_a_file(more, tmp_path, fails):
     (tmp_path / "experiments").write_text("a file")
-    line = fails(teacher.main, "--arch", "resnet8", *SHORT, "--experiments", tmp_path / "experiments", status=1)
-    assert "could not be made" in line
+    line = fails(teacher.main, "--arch", "resnet8", *SHORT, "--experiments", tmp_path / "experiments" / more)
+    assert "could not be made" in line and "is a file or lies below one" in line

@@ -70,6 +70,11 @@ def made(folder, *more):
             1,
             "error: the device is out of memory; a smaller --batch-size needs less",
         ),
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate much"),
+            1,
+            "error: the device is out of memory; a smaller --batch-size needs less",
+        ),
         (UserError("a\n\x1b[31m b\udcff"), 2, "error: a \\x1b[31m b\\udcff"),
     ],
 )
@@ -683,9 +688,10 @@ def warnings_of(flags, capsys):
 
 def test_milestones_beyond_the_last_epoch_are_told(tmp_path, capsys):
     flags = ["--arch", "resnet8", *SHORT, "--experiments", str(tmp_path)]
-    line = "warning: --milestones 2 3: the learning rate never falls within 1 epochs"
-    assert warnings_of([*flags, "--milestones", "2", "3"], capsys) == [line]
-    assert warnings_of([*flags, "--milestones", "1", "3", "--seed", "1"], capsys) == []
+    line = "warning: --milestones 2 3: the learning rate never falls within 2 epochs"  # it would after the last one
+    assert warnings_of([*flags, "--epoch", "2", "--milestones", "2", "3"], capsys) == [line]
+    assert warnings_of([*flags, "--epoch", "2", "--milestones", "1", "3", "--seed", "1"], capsys) == []
+    assert warnings_of([*flags, "--epoch", "1", "--milestones", "2", "--seed", "2"], capsys) == []  # nothing to fall
 
 
 def test_milestones_of_the_ss_head_beyond_its_last_epoch_are_told(tmp_path, capsys):
