@@ -19,6 +19,7 @@ from torchvision.utils import make_grid
 from tqdm import tqdm
 
 from flags import UserError, silent, warn
+from wrapper import Wrapper
 
 
 class Fault(Exception):
@@ -29,7 +30,11 @@ class Fault(Exception):
 
 
 def pick_device(gpu_id: int) -> torch.device:
-    """CUDA `gpu_id`, else Apple's MPS, else the CPU; printed in one line."""
+    """CUDA `gpu_id`, else Apple's MPS, else the CPU; printed in one line.
+
+    Raises:
+        UserError: CUDA has no such device.
+    """
     if torch.cuda.is_available():
         if gpu_id >= torch.cuda.device_count():
             raise UserError(f"--gpu-id {gpu_id}: this machine has CUDA devices 0 to {torch.cuda.device_count() - 1}")
@@ -268,7 +273,9 @@ def test_of_best(model: nn.Module, checkpoint: Mapping, data: Any, autocast: Cal
     if data.val is data.test:
         return None
     model.load_state_dict(checkpoint["state_dict"])
-    return evaluate(getattr(model, "backbone", model), data.test, autocast, "test of the best epoch").acc
+    return evaluate(
+        model.backbone if isinstance(model, Wrapper) else model, data.test, autocast, "test of the best epoch"
+    ).acc
 
 
 @torch.no_grad()

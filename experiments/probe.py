@@ -29,7 +29,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
     add("--test-size", type=count, metavar="N", help="test on N images only, the first of every class")
     add("--gpu-id", type=flags.number(int, 0), default=0, help="the CUDA device; without CUDA: MPS, else the CPU")
     flags.add_source(add)
-    parser.set_defaults(val_fraction=None, few_shot=1.0, label_noise=0.0, seed=0, batch_size=64)
+    parser.set_defaults(val_fraction=None, few_shot=1.0, label_noise=0.0, seed=0, batch_size=1)
     return parser.parse_args(argv)
 
 

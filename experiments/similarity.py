@@ -56,8 +56,9 @@ def outputs(network: nn.Module, images: cifar.Images) -> tuple[Tensor, Tensor]:
     """Logits (N, C) and last features (N, D) of a network for all images of a split, in the widest float there is."""
     device = images.labels.device
     network.to(device, memory_format=torch.channels_last).eval()
-    seen = [network(batch.x, is_feat=True) for batch in images.test_batches(views=1)]
-    features, logits = [features[-1] for features, _ in seen], [logits for _, logits in seen]
+    seen = (network(batch.x, is_feat=True) for batch in images.test_batches(views=1))
+    # of a batch the last feature stays: the maps of all images would fill the memory
+    logits, features = zip(*((logits, features[-1]) for features, logits in seen), strict=True)
     return torch.cat(logits).to(utils.wide(device)), torch.cat(features).to(utils.wide(device))
 
 

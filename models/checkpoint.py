@@ -60,7 +60,7 @@ class Checkpoint(NamedTuple):
         not fit. Draws no random number, so what is seeded before goes on as if nothing had been loaded.
         """
         classes = self.about.get("classes", 100) if num_classes is None else num_classes
-        with torch.device("meta"):  # no memory and no initial values, which the checkpoint replaces
+        with torch.random.fork_rng(devices=[]):  # the checkpoint replaces the initial values
             model = models.model_dict[self.arch](num_classes=classes)
         expected = model.state_dict()
         counters = {name: torch.tensor(0) for name in expected if name.endswith("num_batches_tracked")}
@@ -71,7 +71,7 @@ class Checkpoint(NamedTuple):
             raise CheckpointError(f"{self.file}: does not fit {self.arch} with {classes} classes: {fault}; {hint}")
         if fault := next(_bad_values(expected, state), None):
             raise CheckpointError(f"{self.file}: {fault}")
-        model.to_empty(device="cpu").load_state_dict(state)
+        model.load_state_dict(state)
         return model
 
     def exported(self, about: dict[str, Any], file: str) -> bytes:

@@ -43,13 +43,13 @@ class InvertedResidual(nn.Module):
 class MobileNetV2(nn.Module):
     """Features: stem, after stages 1, 2, 4 and 6, pooled (1280). No ReLU ends a stage, so `preact` changes nothing."""
 
-    def __init__(self, num_classes: int = 100, width_factor: float = 0.5):
+    def __init__(self, num_classes: int = 100):
         super().__init__()
-        width = int(32 * width_factor)
+        width = 32 // 2
         self.conv1 = nn.Sequential(*_conv_bn_relu(3, width, 3, stride=2))
         self.blocks = nn.ModuleList()
         for expansion, channels, units, stride in _STAGES:
-            in_width, width = width, int(channels * width_factor)
+            in_width, width = width, channels // 2
             rest = [InvertedResidual(width, width, 1, expansion) for _ in range(units - 1)]
             self.blocks.append(nn.Sequential(InvertedResidual(in_width, width, stride, expansion), *rest))
         self.conv2 = nn.Sequential(*_conv_bn_relu(width, _LAST_WIDTH, 1))

@@ -143,6 +143,18 @@ def test_loading_draws_no_random_number(state, tmp_path):
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_what_a_network_keeps_outside_its_state_dict_is_as_its_class_makes_it(state, tmp_path, monkeypatch):
+    plain = model_dict["resnet8"]
+
+    def scaled(num_classes: int) -> nn.Module:
+        network = plain(num_classes=num_classes)
+        network.register_buffer("scale", torch.full((999,), 0.5), persistent=False)
+        return network
+
+    monkeypatch.setitem(model_dict, "resnet8", scaled)
+    assert load(save(state, tmp_path / "best.pth"), arch="resnet8").scale.eq(0.5).all()
+
+
 # --- finding the checkpoint and its architecture ---
 
 

@@ -13,6 +13,7 @@ import cifar
 import models
 import teacher
 import utils
+from wrapper import Wrapper
 
 CPU = torch.device("cpu")
 
@@ -141,6 +142,29 @@ def test_evaluate_gives_loss_and_accuracy_over_the_whole_split():
     assert loss == pytest.approx(F.cross_entropy(logits, data.labels).item(), rel=1e-5)
     assert acc == pytest.approx((logits.argmax(1) == data.labels).float().mean().item() * 100)
     assert top5 is None  # of three classes
+
+
+class Own(nn.Module):
+    """A network of the user's own, with a part of the name that a Wrapper has."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone, self.fc = nn.Sequential(nn.Flatten(), nn.Linear(3072, 8)), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.fc(self.backbone(x))
+
+
+def test_the_best_epochs_test_is_of_the_whole_network_or_of_a_wrappers_backbone():
+    test, val, autocast = linear_data(), linear_data(), utils.precision("off", CPU)
+    own, best = Own(), Own().state_dict()
+    acc = utils.test_of_best(own, {"state_dict": best}, cifar.Data(test, val, test), autocast)
+    assert all(torch.equal(own.state_dict()[name], value) for name, value in best.items())
+    assert acc == utils.evaluate(own, test, autocast).acc
+    network = Wrapper(models.model_dict["resnet8"](num_classes=3))
+    acc = utils.test_of_best(network, {"state_dict": network.state_dict()}, cifar.Data(test, val, test), autocast)
+    assert acc == utils.evaluate(network.backbone, test, autocast).acc
+    assert utils.test_of_best(network, {}, cifar.Data(test, test, test), autocast) is None
 
 
 def test_the_accuracies_of_the_classes_are_counted_class_by_class():
