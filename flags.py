@@ -103,10 +103,10 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are a UserError and whose help shows the defaults."""
+    """argparse whose errors are a UserError and whose help shows the defaults, unless `more` says otherwise."""
 
-    def __init__(self, description: str):
-        super().__init__(description=description, formatter_class=_Help, allow_abbrev=False)
+    def __init__(self, description: str, **more: Any):
+        super().__init__(description=description, **{"formatter_class": _Help, "allow_abbrev": False} | more)
 
     def error(self, message: str) -> NoReturn:
         flag = re.match(r"unrecognized arguments: (--[\w-]+)", message)
@@ -190,7 +190,8 @@ def make_parser(description: str) -> Parser:
     add("--amp", choices=["off", "bf16", "fp16"], default="off", help=half)
     add("--compile", action="store_true", help="torch.compile networks and loss: a slow first epoch, then faster ones")
     add("--deterministic", action="store_true", help="only algorithms that repeat bit for bit; slower on CUDA")
-    add("--save-interval", type=count, default=40, help="epochs between the teacher's numbered checkpoints")
+    numbered = "epochs between the teacher's numbered checkpoints, which milestones and the last epoch have, too"
+    add("--save-interval", type=count, default=40, help=numbered)
     add("--experiments", default="experiments", metavar="DIR", help="folder of the run folders")
     add("--overwrite", action="store_true", help="delete what the run folder holds and start anew")
     return parser

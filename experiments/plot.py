@@ -27,7 +27,7 @@ SHARES = {
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flags.Parser(__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="FIGURE")
 
     def add(name: str, text: str) -> None:
@@ -387,8 +387,13 @@ def main(argv: list[str] | None = None) -> None:
     style = ["default", STYLE]
     if args.figure != "method":
         style.append(STUDY | (DARK if args.dark else {}))
+    undated = {"Date": None} if args.output.suffix == ".svg" else None
     with matplotlib.style.context(style):
-        draw(args).savefig(args.output, dpi=144, metadata={"Date": None})
+        figure = draw(args)
+        try:
+            figure.savefig(args.output, dpi=144, metadata=undated)
+        except (OSError, ValueError) as error:  # no such folder, no such format
+            refuse(args.output, getattr(error, "strerror", error))
 
 
 if __name__ == "__main__":

@@ -309,7 +309,9 @@ def write_rows(rows: list[dict[str, Any]], as_csv: bool) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Prints what the runs reached beside what was published.")
+    parser = flags.Parser(
+        "Prints what the runs reached beside what was published.", formatter_class=argparse.HelpFormatter
+    )
     where = "a folder, for all finished runs below it, or a .jsonl file; default: the folder of this script"
     parser.add_argument("paths", nargs="*", type=Path, default=[Path(__file__).parent], metavar="PATH", help=where)
     parser.add_argument("--dataset", default=COMMON["dataset"], help="the runs on this data set")
@@ -322,7 +324,11 @@ def main(argv: list[str] | None = None) -> None:
     form.add_argument("--csv", action="store_true", help="list all runs for another program")
     form.add_argument("--json", action="store_true", help="the same as JSON")
     parser.add_argument("--record", type=Path, metavar="FILE", help="add the runs to this .jsonl file; no table")
-    args = parser.parse_args(argv)
+    try:
+        args = parser.parse_args(argv)
+    except flags.UserError as error:
+        flags.tell(SCRIPT, f"error: {error}")
+        sys.exit(2)
     try:
         runs = [run for path in args.paths for run in read_runs(path)]
         if args.record:
@@ -340,9 +346,9 @@ def main(argv: list[str] | None = None) -> None:
         refuse(f"--against {args.against}", f"no run is of this row of the tables; there are {known}")
 
     if args.csv or args.json:
-        flags = unusual(row.kind for row in rows)
+        varying = unusual(row.kind for row in rows)
         gain = {"against": args.against} if args.against else {}
-        found = [{"dataset": args.dataset} | figures(row, flags) | gain for row in rows]
+        found = [{"dataset": args.dataset} | figures(row, varying) | gain for row in rows]
         for line, row in zip(found, rows, strict=True):
             line |= against(row, others) if args.against else {}
         write_rows(found, args.csv)

@@ -54,6 +54,7 @@ def test_the_figure_shows_a_row_that_is_dropped_and_wrong_rows_that_are_kept():
 
 def test_other_endings_give_other_formats_on_an_opaque_ground(tmp_path):
     assert drawn(tmp_path / "method.png").startswith(b"\x89PNG")
+    assert drawn(tmp_path / "method.jpg").startswith(b"\xff\xd8")
     pixels = matplotlib.image.imread(tmp_path / "method.png")
     assert pixels.shape[:2] == (840, 2000)
     assert (pixels[[0, 0, -1, -1], [0, -1, 0, -1], :3] == 1).all() and (pixels[..., 3:] == 1).all()
@@ -200,4 +201,6 @@ def test_what_cannot_be_drawn_ends_in_one_line(study, tmp_path, fails):
     assert "teacher_resnet8_seed0/log.jsonl" in fails(plot.main, "curves", study / "teacher_resnet8_seed0")
     change(study / "1" / next((study / "1").iterdir()).name / "result.json", seconds=None)
     assert "no seconds" in fails(plot.main, "accuracy", study)
+    for file in (tmp_path / "none" / "a.svg", tmp_path / "a.nope"):
+        assert str(file) in fails(plot.main, "method", "--output", file)
     assert "no distilled student" in fails(plot.main, "accuracy", study / "teacher_resnet8_seed0")

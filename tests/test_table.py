@@ -387,6 +387,7 @@ def test_a_row_that_is_not_there_cannot_be_compared_with(tmp_path, fails):
     write_student(tmp_path, PAIR, 50, 50, *SYNTHETIC)
     error = fails(table.main, tmp_path, *SYNTHETIC, "--against", "CRD")
     assert "--against CRD" in error and "there are SSKD" in error
+    assert "invalid choice: 'epochs'" in fails(table.main, tmp_path, "--by", "epochs")
 
 
 # ------------------------------------------------------------------------------------------ device, precision, protocol
