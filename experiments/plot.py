@@ -56,7 +56,7 @@ import json
 import random
 import statistics
 import textwrap
-from collections import defaultdict
+from collections import Counter, defaultdict
 
 import matplotlib.style
 import numpy as np
@@ -242,10 +242,15 @@ def nearest(rows: list[Row]) -> dict[str, Row]:
 
 
 def label(row: Row, rows: list[Row]) -> str:
-    """The method, with the flags that part the row from others of its method, and the number of its seeds."""
-    others = [each.kind for each in rows if each.kind.method == row.kind.method]
-    flags = [f"{typed(name)} {shown(v)}" for name, v in row.kind.own if any(kind.value(name) != v for kind in others)]
-    return textwrap.fill(" ".join([row.kind.method, *flags, f"({len(row.runs)})"]), 40, break_on_hyphens=False)
+    """The method, with the flags in which the row departs from most of the panel, and the number of its seeds."""
+    names = dict.fromkeys(name for each in rows for name, _ in each.kind.own if row.kind.has(name))
+    flags = []
+    for name in names:
+        kinds = sorted((each.kind for each in rows if each.kind.has(name)), key=lambda kind: len(kind.own))
+        usual = Counter(kind.value(name) for kind in kinds).most_common(1)[0][0]  # of a tie, as published
+        if row.kind.value(name) != usual:
+            flags.append(f"{typed(name)} {shown(row.kind.value(name))}")
+    return textwrap.fill(" ".join([row.kind.method, *flags, f"({len(row.runs)})"]), 44, break_on_hyphens=False)
 
 
 def best(row: Row) -> tuple[float, float | None]:

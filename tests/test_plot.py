@@ -121,6 +121,14 @@ def test_accuracies_stand_beside_what_an_epoch_costs(study):
     assert few_cost.get_xlim() == cost.get_xlim() and few.get_xlim() == all_images.get_xlim()
 
 
+def test_a_row_is_named_by_the_flags_in_which_it_departs_from_most_of_its_panel(tmp_path):
+    for i, words in enumerate((["2"], ["2", "--ratio-ss", "0.25"], ["8"])):
+        timed(write_student(tmp_path / str(i), PAIR, 60 - i, 50, "--t-milestones", "1", "--t-epoch", *words), 1)
+    timed(write_student(tmp_path, PAIR, 50, 50, *KD), 1)
+    labels = [tick.get_text() for tick in figure_of("accuracy", tmp_path).axes[0].get_yticklabels()]
+    assert labels == ["SSKD (1)", "SSKD --ratio-ss 0.25 (1)", "SSKD --t-epoch 8 (1)", "KD, 4 views (1)"]
+
+
 def test_accuracy_by_the_share_of_the_images_is_a_line_for_each_method(study):
     figure = figure_of("few-shot", study)
     (ax,) = figure.axes
