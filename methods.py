@@ -39,7 +39,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from losses import at_least_float32
 from negatives import draw_negatives
 
 
@@ -69,9 +68,13 @@ def set_phase(method: nn.Module, network: nn.Module, first: bool = False) -> nn.
     return nn.ModuleList(modules).train()
 
 
+def _full(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def _pair(student: Outputs, teacher: Outputs, index: int) -> tuple[Tensor, Tensor]:
     """Feature `index` of both."""
-    return at_least_float32(student.features[index]), at_least_float32(teacher.features[index]).detach()
+    return _full(student.features[index]), _full(teacher.features[index]).detach()
 
 
 def _middle(student: Outputs, teacher: Outputs) -> list[tuple[Tensor, Tensor]]:
@@ -105,8 +108,8 @@ def unit(x: Tensor, eps: float = 0.0) -> Tensor:
 
 def kd_loss(s_logits: Tensor, t_logits: Tensor, temperature: float = 4.0) -> Tensor:
     """T² · KL(softmax(teacher / T) ‖ softmax(student / T)), batch mean: (N, C), (N, C) → scalar."""
-    s_log = F.log_softmax(at_least_float32(s_logits) / temperature, dim=1)
-    t_log = F.log_softmax(at_least_float32(t_logits).detach() / temperature, dim=1)
+    s_log = F.log_softmax(_full(s_logits) / temperature, dim=1)
+    t_log = F.log_softmax(_full(t_logits).detach() / temperature, dim=1)
     return temperature**2 * F.kl_div(s_log, t_log, reduction="batchmean", log_target=True)
 
 
@@ -354,7 +357,7 @@ class AB(nn.Module):
         return []
 
     def forward(self, student: Outputs, teacher: Outputs, target: Tensor, rows: Tensor) -> Tensor:
-        return at_least_float32(student.logits).new_zeros(())
+        return _full(student.logits).new_zeros(())
 
 
 def _layer(conv: nn.Module, norm: bool = False) -> list[nn.Module]:
@@ -405,7 +408,7 @@ class FT(nn.Module):
         self.translator = _encoder(s.shape[1], factor, norm=True)
 
     def first_loss(self, student: Outputs | None, teacher: Outputs) -> Tensor:
-        t = at_least_float32(teacher.features[-2]).detach()
+        t = _full(teacher.features[-2]).detach()
         return F.mse_loss(self.paraphraser(t), t)
 
     def first_modules(self, network: nn.Module) -> list[nn.Module]:
@@ -552,7 +555,7 @@ class DKD(nn.Module):
 
     def forward(self, student: Outputs, teacher: Outputs, target: Tensor, rows: Tensor) -> Tensor:
         (s_true, s_others), (t_true, t_others) = (
-            self.split(at_least_float32(x.logits) / self.temperature, target) for x in (student, teacher)
+            self.split(_full(x.logits) / self.temperature, target) for x in (student, teacher)
         )
         s_binary, t_binary = (
             torch.stack([true, others.logsumexp(1)], 1) for true, others in ((s_true, s_others), (t_true, t_others))
@@ -581,7 +584,7 @@ class LS(nn.Module):
         super().__init__()
 
     def forward(self, student: Outputs, teacher: Outputs, target: Tensor, rows: Tensor) -> Tensor:
-        s, t = (self.standardise(at_least_float32(x.logits)) for x in (student, teacher))
+        s, t = (self.standardise(_full(x.logits)) for x in (student, teacher))
         return kd_loss(s, t, 2.0)
 
     @staticmethod

@@ -206,7 +206,7 @@ def distil(args: Namespace, run: Run, teacher: Wrapper, data: cifar.Data, autoca
         if epoch in (1, args.epoch):
             views = next(val_set.test_batches(VIEWS)).x
             run.show(epoch, "similarity/teacher_and_student", similarities(teacher, student, views, autocast))
-    run.finish(utils.test_of_best(student, run.best_checkpoint, data, autocast))
+    run.finish(utils.test_of_best(student, run.best_checkpoint, data, autocast, student.backbone))
 
 
 def make_loss(args: Namespace, teacher: Wrapper, student: Wrapper, autocast: Callable) -> Callable:

@@ -19,7 +19,6 @@ from torchvision.utils import make_grid
 from tqdm import tqdm
 
 from flags import UserError, silent, warn
-from wrapper import Wrapper
 
 
 class Fault(Exception):
@@ -265,17 +264,17 @@ def class_accuracies(model: nn.Module, images: Any, autocast: Callable) -> list[
     return rows
 
 
-def test_of_best(model: nn.Module, checkpoint: Mapping, data: Any, autocast: Callable) -> float | None:
-    """Test accuracy (%) of the best epoch's `checkpoint`, read into `model` (a network, or one in a Wrapper).
+def test_of_best(
+    model: nn.Module, checkpoint: Mapping, data: Any, autocast: Callable, network: nn.Module | None = None
+) -> float | None:
+    """Test accuracy (%) of the best epoch's `checkpoint`, read into `model`, or of the part `network` of it.
 
     None if the best epoch was chosen on the test images themselves: its accuracy is known.
     """
     if data.val is data.test:
         return None
     model.load_state_dict(checkpoint["state_dict"])
-    return evaluate(
-        model.backbone if isinstance(model, Wrapper) else model, data.test, autocast, "test of the best epoch"
-    ).acc
+    return evaluate(model if network is None else network, data.test, autocast, "test of the best epoch").acc
 
 
 @torch.no_grad()

@@ -326,14 +326,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--record", type=Path, metavar="FILE", help="add the runs to this .jsonl file; no table")
     try:
         args = parser.parse_args(argv)
-    except flags.UserError as error:
-        flags.tell(SCRIPT, f"error: {error}")
-        sys.exit(2)
-    try:
         runs = [run for path in args.paths for run in read_runs(path)]
         if args.record:
             write_record(args.record, runs)
             return
+    except flags.UserError as error:
+        flags.tell(SCRIPT, f"error: {error}")
+        sys.exit(2)
     except OSError as error:
         refuse(error.filename2 or error.filename, error.strerror)
 

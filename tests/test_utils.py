@@ -162,7 +162,8 @@ def test_the_best_epochs_test_is_of_the_whole_network_or_of_a_wrappers_backbone(
     assert all(torch.equal(own.state_dict()[name], value) for name, value in best.items())
     assert acc == utils.evaluate(own, test, autocast).acc
     network = Wrapper(models.model_dict["resnet8"](num_classes=3))
-    acc = utils.test_of_best(network, {"state_dict": network.state_dict()}, cifar.Data(test, val, test), autocast)
+    best, data = {"state_dict": network.state_dict()}, cifar.Data(test, val, test)
+    acc = utils.test_of_best(network, best, data, autocast, network.backbone)
     assert acc == utils.evaluate(network.backbone, test, autocast).acc
     assert utils.test_of_best(network, {}, cifar.Data(test, test, test), autocast) is None
 
