@@ -226,10 +226,9 @@ def panels(rows: list[Row]) -> dict[Panel, list[Row]]:
 
 
 def title(panel: Panel, among: dict[Panel, list[Row]]) -> str:
-    """The networks, and the flags that are not the same in all panels."""
+    """The networks, and the flags that are not as published, but for those that are the same in all panels."""
     values = unusual(Kind(*each[:2], "alone", each[2]) for each in among)
-    kind = Kind(*panel[:2], "alone", panel[2])
-    flags = [f"{typed(name)} {shown(kind.value(name))}" for name in values if len(values[name]) > 1]
+    flags = [f"{typed(name)} {shown(value)}" for name, value in panel[2] if len(values[name]) > 1]
     return "  ".join([f"{panel[0]} → {panel[1]}", *flags])
 
 
@@ -290,8 +289,8 @@ def accuracy(args: argparse.Namespace) -> Figure:
         for ax in (left, right):
             ax.set_ylim(len(rows) - 0.4, -0.6)
         left.grid(axis="x", alpha=0.3)
-    axes[-1, 0].set_xlabel(f"{ACCURACY}, mean ± standard deviation (seeds)")
-    axes[-1, 1].set_xlabel("time of the run / epochs (s)")
+    axes[-1, 0].set_xlabel(f"{ACCURACY}, mean ± standard deviation (seeds)", fontsize=9)
+    axes[-1, 1].set_xlabel("time of the run / epochs (s)", fontsize=9)
     return figure
 
 

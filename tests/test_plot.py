@@ -107,7 +107,7 @@ def test_accuracies_stand_beside_what_an_epoch_costs(study):
     figure = figure_of("accuracy", study)
     few, few_cost, all_images, cost = figure.axes
     assert few.get_title(loc="left") == "resnet20 → resnet8  --few-shot 0.25"
-    assert all_images.get_title(loc="left") == "resnet20 → resnet8  --few-shot 1.0"
+    assert all_images.get_title(loc="left") == "resnet20 → resnet8"
     methods = ["SSKD (2)", "KD + tf (2)", "KD, 4 views (2)", "SSKD --ratio-ss 0.25 (2)", "alone (2)"]
     assert [tick.get_text() for tick in all_images.get_yticklabels()] == methods
     bars = [container[2][0].get_segments()[0] for container in all_images.containers]
