@@ -46,11 +46,15 @@ def accuracies(method, flags, which="best_acc"):
     return np.array([record["result"][which] for record in cifar100_runs(method, flags).values()])
 
 
-def gain(a, b):
+def half_interval(differences):
+    """Half the width of the 95 % interval of their mean."""
+    return T_975 * differences.std(ddof=1) / len(differences) ** 0.5
+
+
+def gain(a, b, digits=2):
     """Mean difference and its 95 % interval, as the page writes it, of three pairs."""
-    difference = a - b
-    half = T_975 * difference.std(ddof=1) / len(difference) ** 0.5
-    mean, low, high = (f"{difference.mean() + end:+.2f}" for end in (0, -half, half))
+    difference, half = a - b, half_interval(a - b)
+    mean, low, high = (f"{difference.mean() + end:+.{digits}f}" for end in (0, -half, half))
     return f"{mean} [{low}, {high}]"
 
 
@@ -109,17 +113,20 @@ def test_the_differences_that_the_text_on_cifar100_names_are_those_of_the_record
     long = few | {"--epoch": 32, "--t-epoch": 8}
     sskd_32, kd_32, kd_4_32, tf_32 = (accuracies(each, long) for each in ("SSKD", "KD", "KD, loss × 4", "KD + tf"))
     sskd_all, kd_all, kd_4_all, alone_all = (accuracies(m, {}) for m in ("SSKD", "KD", "KD, loss × 4", "resnet8 alone"))
-    at_all, crd_all, tf_all = (accuracies(method, {}) for method in ("AT", "CRD", "KD + tf"))
+    at_all, crd_all, tf_all, ss_all = (accuracies(method, {}) for method in ("AT", "CRD", "KD + tf", "KD + ss"))
     noisy = {"--label-noise": 0.3}
     sskd_noisy, kd_noisy, ft_noisy, crd_noisy = (accuracies(method, noisy) for method in ("SSKD", "KD", "FT", "CRD"))
+    kd_4_noisy = accuracies("KD, loss × 4", noisy)
     ss_longer, sskd_longer = (accuracies(method, few | {"--t-epoch": 8}) for method in ("KD + ss", "SSKD"))
 
     pairs = [(sskd, kd), (sskd, at), (sskd, crd), (sskd_all, kd_all), (sskd_all, at_all), (sskd_all, crd_all)]
-    pairs += [(plain, kd), (tf, plain), (ss, plain), (sskd, plain), (sskd, tf), (sskd_32, tf_32), (sskd_all, tf_all)]
+    pairs += [(plain, kd), (tf, plain), (ss, plain), (sskd, plain), (ss_all, kd_all)]
+    pairs += [(sskd, tf), (sskd_32, tf_32), (sskd_all, tf_all)]
     pairs += [(ss_longer, ss), (sskd_longer, sskd), *((k, sskd) for k in other_k)]
     pairs += [(kd_4, kd), (sskd, kd_4), (kd_4_32, kd_32), (sskd_32, kd_4_32)]
     pairs += [(kd_4_all, kd_all), (sskd_all, kd_4_all), (sskd_32, kd_32), (sskd_all, kd_all), (kd_all, kd_32)]
-    pairs += [(kd_32, sskd), (kd_32, kd), (sskd_noisy, kd_noisy), (sskd_noisy, ft_noisy), (sskd_noisy, crd_noisy)]
+    pairs += [(kd_32, sskd), (kd_32, kd)]
+    pairs += [(sskd_noisy, each) for each in (kd_noisy, ft_noisy, crd_noisy, kd_4_noisy)]
     pairs += [(kd_noisy, kd_all), (crd_noisy, crd_all), (sskd_noisy, sskd_all), (kd_all, alone_all), (kd, alone)]
     pairs += [(sskd_float, sskd), (kd_float, kd), (sskd_float, kd_float)]
     text = " ".join(section("CIFAR-100").partition("\n### Figures\n")[0].split())
@@ -135,29 +142,45 @@ def test_the_differences_that_the_text_on_cifar100_names_are_those_of_the_record
     assert f"it falls from {short} (" in text
     readme = " ".join((ROOT / "README.md").read_text().split())
     assert f"SSKD is {short} points above KD after 8 epochs and {later} after 32;" in readme
-    noise = f"{(sskd_noisy - kd_noisy).mean():.1f} with 30 % of their labels wrong."
-    assert f"with all images it is {whole} above KD after 8, and {noise}" in readme
+    noise = (sskd_noisy - kd_noisy) - (sskd_all - kd_all)
+    assert abs(noise.mean()) < half_interval(noise)
+    noise = "and about as much with 30 % of their labels wrong."
+    assert f"with all images it is {whole} above KD after 8, {noise}" in readme
     assert f"is {(sskd - kd_4).mean():.1f} below SSKD after 8 epochs" in readme
-    assert f"is {control} above SSKD with 8." in readme
+    assert f"is {control} above SSKD after 8." in readme
 
 
 def test_how_alike_students_and_teachers_are_is_reckoned_from_its_record():
     found = {}
     for record in records(CIFAR100.with_name("cifar100_similarity.jsonl")):
         method, _, weights = record["student"].partition("_student_resnet8_weight")
-        _, _, *more = weights.partition("_")[0].split("+")
-        row = ABLATION[tuple(map(float, more))] if method == "sskd" else ROWS[method]
-        assert "_few0.25_" in record["student"] and record["T"] == 1
-        found.setdefault(row, {})[record["teacher"]] = record["KL"], record["CKA"]
-    text = section("CIFAR-100", "How alike")
-    shown = {row["method"]: row for row in rows_in([line for line in text.splitlines() if line[:1] == "|"])}
-    expected = {}
-    for row, values in found.items():
-        assert set(values) == {f"teacher_resnet20_seed{seed}" for seed in (0, 1, 2)}
-        columns = np.array(list(values.values())).T
-        kl, cka = (f"{column.mean():.3f} ± {column.std(ddof=1):.3f}" for column in columns)
-        expected[row] = {"method": row, "KL": kl, "CKA": cka}
-    assert shown == expected
+        of_ce, of_kd, *more = map(float, weights.partition("_")[0].split("+"))
+        row = ABLATION[tuple(more)] if method == "sskd" else ROWS[method]
+        row = "KD, loss × 4" if (of_ce, of_kd) == (0.4, 3.6) else row
+        images = "a quarter" if "_few0.25_" in record["student"] else "all"
+        assert record["T"] == 1 and "_noise" not in record["student"]
+        found.setdefault((row, images), {})[record["teacher"]] = record["KL"], record["CKA"]
+    heads = [f"{name}, {images}" for images in ("a quarter", "all") for name in ("KL", "CKA")]
+    expected = {row: {"method": row} | dict.fromkeys(heads, "–") for row, _ in found}
+    for (row, images), values in found.items():
+        assert list(values) == [f"teacher_resnet20_seed{seed}" for seed in (0, 1, 2)]
+        found[row, images] = columns = np.array(list(values.values())).T
+        for name, column in zip(("KL", "CKA"), columns, strict=True):
+            expected[row][f"{name}, {images}"] = f"{column.mean():.3f} ± {column.std(ddof=1):.3f}"
+    lines = [line for line in section("CIFAR-100", "How alike").splitlines() if line[:1] == "|"]
+    assert {row["method"]: row for row in rows_in(lines)} == expected
+
+    text = " ".join(section("CIFAR-100").partition("\n### Figures\n")[0].split())
+    (kl, cka), (kl_4, cka_4) = (found[row, "all"] for row in ("SSKD", "KD, loss × 4"))
+    assert f"nothing could be told: KL {gain(kl, kl_4, 3)}, CKA {gain(cka, cka_4, 3)}." in text
+    assert "in KL divergence, and in CKA, too, but for KD with all images" in text
+    told = {}
+    for row in ("KD", "AT", "CRD"):
+        for images in ("a quarter", "all"):
+            nearer = (found["SSKD", images] - found[row, images]) * [[-1], [1]]
+            told[row, images] = [bool(each.mean() > half_interval(each)) for each in nearer]
+    assert {case for case, (kl, cka) in told.items() if not cka} == {("KD", "all")}
+    assert all(kl for kl, _ in told.values())
 
 
 def test_the_page_shows_what_the_record_of_fashion_mnist_says(capsys):
