@@ -14,7 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # wherever this is started from
 
 import flags
-from experiments.runs import ABLATION, COMMON, OWN, Kind, Run, read_runs, refuse, shown, unusual
+from experiments.runs import ABLATION, COMMON, OWN, Run, read_runs, refuse, shown
 from experiments.table import Row, rows_of, spread, told_apart, typed
 
 FIGURES = Path(__file__).with_name("figures")
@@ -227,9 +227,9 @@ def panels(rows: list[Row]) -> dict[Panel, list[Row]]:
 
 def title(panel: Panel, among: dict[Panel, list[Row]]) -> str:
     """The networks, and the flags that are not as published, but for those that are the same in all panels."""
-    values = unusual(Kind(*each[:2], "alone", each[2]) for each in among)
-    flags = [f"{typed(name)} {shown(value)}" for name, value in panel[2] if len(values[name]) > 1]
-    return "  ".join([f"{panel[0]} → {panel[1]}", *flags])
+    teacher, network, setting = panel
+    own = [flag for flag in setting if any(flag not in other for _, _, other in among)]
+    return "  ".join([f"{teacher} → {network}", *(f"{typed(name)} {shown(value)}" for name, value in own)])
 
 
 def nearest(rows: list[Row]) -> dict[str, Row]:
