@@ -183,6 +183,25 @@ def test_how_alike_students_and_teachers_are_is_reckoned_from_its_record():
     assert all(kl for kl, _ in told.values())
 
 
+def test_what_stored_features_save_is_reckoned_from_their_record():
+    stored, computed = {}, {}
+    for record in records(CIFAR100.with_name("cifar100_features.jsonl")):
+        (stored if record["flags"].pop("t_features", None) else computed)[named(record)] = record
+    text = " ".join(section("CIFAR-100", "Figures").split())
+    assert list(stored) == list(computed) and "KD, KD + tf, SSKD and KD + ss, one after another" in text
+    seconds = {}
+    for method, record in stored.items():
+        seconds[method] = its, other = [each[method]["result"].pop("seconds") for each in (stored, computed)]
+        assert record["flags"] == computed[method]["flags"] and record["result"] == computed[method]["result"]
+        assert record["result"].items() <= cifar100_runs(method, {"--few-shot": 0.25})[0]["result"].items()
+    with_it, without = (f"{sum(column) / 60:.1f}" for column in zip(*seconds.values(), strict=True))
+    assert f"They take {with_it} minutes with it and {without} without" in text
+    ratios = {method: its / other for method, (its, other) in seconds.items()}
+    assert f"KD + tf, which looks first, takes {(ratios['KD + tf'] - 1) * 100:.0f} % longer" in text
+    sskd, ss = (f"{(1 - ratios[method]) * 100:.0f} %" for method in ("SSKD", "KD + ss"))
+    assert f"SSKD and KD + ss take {sskd} and {ss} less" in text
+
+
 def test_the_page_shows_what_the_record_of_fashion_mnist_says(capsys):
     """Every line of the tables that table.py makes of the record stands in experiments/README.md, and no other."""
     table.main([str(FASHION_MNIST), "--dataset", "fashion_mnist", "--markdown"])
