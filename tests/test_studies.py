@@ -154,9 +154,10 @@ def test_how_alike_students_and_teachers_are_is_reckoned_from_its_record():
     found = {}
     for record in records(CIFAR100.with_name("cifar100_similarity.jsonl")):
         method, _, weights = record["student"].partition("_student_resnet8_weight")
-        of_ce, of_kd, *more = map(float, weights.partition("_")[0].split("+"))
-        row = ABLATION[tuple(more)] if method == "sskd" else ROWS[method]
-        row = "KD, loss × 4" if (of_ce, of_kd) == (0.4, 3.6) else row
+        names = "ce_weight", "kd_weight", "tf_weight", "ss_weight"  # a compared method has but three weights
+        weights = dict(zip(names, map(float, weights.partition("_")[0].split("+")), strict=False))
+        of_method = {} if method == "sskd" else {"method": method}
+        row = named({"flags": {"s_arch": "resnet8"} | weights | of_method})
         images = "a quarter" if "_few0.25_" in record["student"] else "all"
         assert record["T"] == 1 and "_noise" not in record["student"]
         found.setdefault((row, images), {})[record["teacher"]] = record["KL"], record["CKA"]
