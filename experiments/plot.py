@@ -14,7 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # wherever this is started from
 
 import flags
-from experiments.runs import ABLATION, COMMON, OWN, Run, read_runs, refuse, shown
+from experiments.runs import ABLATION, COMMON, OWN, Run, published, read_runs, refuse, shown
 from experiments.table import Row, rows_of, spread, told_apart, typed
 
 FIGURES = Path(__file__).with_name("figures")
@@ -241,11 +241,16 @@ def nearest(rows: list[Row]) -> dict[str, Row]:
 
 
 def label(row: Row, rows: list[Row]) -> str:
-    """The method, with the flags in which the row departs from most of the panel, and the number of its seeds."""
+    """The method, with the flags in which the row departs from most of the panel, and the number of its seeds.
+
+    A flag is compared among the methods for which the same value of it was published.
+    """
     names = dict.fromkeys(name for each in rows for name, _ in each.kind.own if row.kind.has(name))
     flags = []
     for name in names:
-        kinds = sorted((each.kind for each in rows if each.kind.has(name)), key=lambda kind: len(kind.own))
+        of_row = published(row.kind)[name]
+        kinds = [each.kind for each in rows if each.kind.has(name) and published(each.kind)[name] == of_row]
+        kinds.sort(key=lambda kind: len(kind.own))
         usual = Counter(kind.value(name) for kind in kinds).most_common(1)[0][0]  # of a tie, as published
         if row.kind.value(name) != usual:
             flags.append(f"{typed(name)} {shown(row.kind.value(name))}")

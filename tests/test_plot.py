@@ -6,8 +6,9 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, change, write_student, write_teacher
+from conftest import ROOT, change, flags_of, write_run, write_student, write_teacher
 
+import baseline
 import losses
 
 matplotlib = pytest.importorskip("matplotlib")
@@ -125,8 +126,17 @@ def test_a_row_is_named_by_the_flags_in_which_it_departs_from_most_of_its_panel(
     for i, words in enumerate((["2"], ["2", "--ratio-ss", "0.25"], ["8"])):
         timed(write_student(tmp_path / str(i), PAIR, 60 - i, 50, "--t-milestones", "1", "--t-epoch", *words), 1)
     timed(write_student(tmp_path, PAIR, 50, 50, *KD), 1)
+    compared = (["dkd"], ["kd"], ["kd", "--ce-weight", "0.4"])  # the published --ce-weight: 1.0 and twice 0.1
+    for i, (method, *words) in enumerate(compared):
+        flags = flags_of(baseline.parse_args, "--t-path", "-", "--s-arch", "resnet8", "--method", method, *words)
+        folder = tmp_path / f"{method}{i}_seed0_teacher_resnet20_seed0"
+        write_run(folder, flags | {"teacher": "resnet20-0"}, 40 - i, 40)
+        timed(folder, 1)
     labels = [tick.get_text() for tick in figure_of("accuracy", tmp_path).axes[0].get_yticklabels()]
-    assert labels == ["SSKD (1)", "SSKD --ratio-ss 0.25 (1)", "SSKD --t-epoch 8 (1)", "KD, 4 views (1)"]
+    assert labels == [
+        *("SSKD (1)", "SSKD --ratio-ss 0.25 (1)", "SSKD --t-epoch 8 (1)", "KD, 4 views (1)"),
+        *("DKD (1)", "KD (1)", "KD --ce-weight 0.4 (1)"),
+    ]
 
 
 def test_accuracy_by_the_share_of_the_images_is_a_line_for_each_method(study):
