@@ -1,5 +1,6 @@
 """experiments/README.md: what it says of the studies, reckoned from their records."""
 
+import itertools
 import json
 import re
 
@@ -14,6 +15,7 @@ CIFAR100, FASHION_MNIST = (ROOT / "experiments" / f"{name}.jsonl" for name in ("
 FRAME = {"--few-shot": 1.0, "--label-noise": 0.0, "--amp": "bf16", "--epoch": 8, "--t-epoch": 2, "--ratio-ss": 0.75}
 ROWS = {name: row for name, (row, *_) in runs.METHODS.items()}
 ABLATION = {(0, 0): "KD, 4 views", (2.7, 0): "KD + tf", (0, 10): "KD + ss", (2.7, 10): "SSKD"}
+NINE = ("FitNet", "AT", "SP", "VID", "RKD", "PKT", "AB", "FT", "CRD")  # the compared methods of the paper's tables
 T_975 = 4.302653  # of Student's distribution with two degrees of freedom, from a printed table
 
 
@@ -113,24 +115,41 @@ def test_the_differences_that_the_text_on_cifar100_names_are_those_of_the_record
     long = few | {"--epoch": 32, "--t-epoch": 8}
     sskd_32, kd_32, kd_4_32, tf_32 = (accuracies(each, long) for each in ("SSKD", "KD", "KD, loss × 4", "KD + tf"))
     sskd_all, kd_all, kd_4_all, alone_all = (accuracies(m, {}) for m in ("SSKD", "KD", "KD, loss × 4", "resnet8 alone"))
-    at_all, crd_all, tf_all, ss_all = (accuracies(method, {}) for method in ("AT", "CRD", "KD + tf", "KD + ss"))
+    tf_all, ss_all, dkd_all, ls_all = (accuracies(method, {}) for method in ("KD + tf", "KD + ss", "DKD", "KD + LS"))
+    nine = {method: accuracies(method, {}) for method in NINE}
+    near, far = (pick(nine, key=lambda method: nine[method].mean()) for pick in (max, min))
     noisy = {"--label-noise": 0.3}
     sskd_noisy, kd_noisy, ft_noisy, crd_noisy = (accuracies(method, noisy) for method in ("SSKD", "KD", "FT", "CRD"))
     kd_4_noisy = accuracies("KD, loss × 4", noisy)
     ss_longer, sskd_longer = (accuracies(method, few | {"--t-epoch": 8}) for method in ("KD + ss", "SSKD"))
 
-    pairs = [(sskd, kd), (sskd, at), (sskd, crd), (sskd_all, kd_all), (sskd_all, at_all), (sskd_all, crd_all)]
+    pairs = [(sskd, kd), (sskd, at), (sskd, crd), (sskd_all, kd_all), (sskd_all, nine[near]), (sskd_all, nine[far])]
+    pairs += [(nine["AB"], kd_all), (nine["CRD"], kd_all)]
     pairs += [(plain, kd), (tf, plain), (ss, plain), (sskd, plain), (ss_all, kd_all)]
     pairs += [(sskd, tf), (sskd_32, tf_32), (sskd_all, tf_all)]
     pairs += [(ss_longer, ss), (sskd_longer, sskd), *((k, sskd) for k in other_k)]
     pairs += [(kd_4, kd), (sskd, kd_4), (kd_4_32, kd_32), (sskd_32, kd_4_32)]
-    pairs += [(kd_4_all, kd_all), (sskd_all, kd_4_all), (sskd_32, kd_32), (sskd_all, kd_all), (kd_all, kd_32)]
+    pairs += [(kd_4_all, kd_all), (sskd_all, kd_4_all)]
+    pairs += [(dkd_all, kd_all), (sskd_all, dkd_all), (dkd_all, kd_4_all), (ls_all, kd_all), (sskd_all, ls_all)]
+    pairs += [(sskd_32, kd_32), (sskd_all, kd_all), (kd_all, kd_32)]
     pairs += [(kd_32, sskd), (kd_32, kd)]
     pairs += [(sskd_noisy, each) for each in (kd_noisy, ft_noisy, crd_noisy, kd_4_noisy)]
-    pairs += [(kd_noisy, kd_all), (crd_noisy, crd_all), (sskd_noisy, sskd_all), (kd_all, alone_all), (kd, alone)]
+    pairs += [(kd_noisy, kd_all), (ft_noisy, nine["FT"]), (crd_noisy, nine["CRD"]), (sskd_noisy, sskd_all)]
+    pairs += [(kd_all, alone_all), (kd, alone)]
     pairs += [(sskd_float, sskd), (kd_float, kd), (sskd_float, kd_float)]
     text = " ".join(section("CIFAR-100").partition("\n### Figures\n")[0].split())
     assert re.findall(r"[+-]\d+\.\d\d \[[^]]*\]", text) == [gain(*pair) for pair in pairs]
+
+    above = {method: sskd_all - accuracy for method, accuracy in nine.items()}
+    assert all(each.mean() > half_interval(each) for each in above.values())
+    assert f"nine by {gain(sskd_all, nine[near])} ({near}, the nearest) to {gain(sskd_all, nine[far])} ({far})." in text
+    assert {m for m, accuracy in nine.items() if (d := accuracy - kd_all).mean() > half_interval(d)} == {"AB", "CRD"}
+    similar = json.loads((ROOT / "experiments" / "published_results.json").read_text())["similar"]
+    over_best = similar["SSKD"] - np.max([similar[method] for method in NINE], 0)
+    assert f"from {-over_best.min():.1f} below to {over_best.max():.1f} above the best of the nine" in text
+    over_kd = [similar[method][2] - similar["KD"][2] for method in NINE]
+    assert similar["pairs"][2] == ["resnet56", "resnet20"]
+    assert f"for resnet56 → resnet20, by {min(over_kd):.1f} to {max(over_kd):.1f}." in text
 
     pooled = half_width([kd, at, crd, plain, tf, ss, sskd], 2.178813)  # Student's t with 6 · 2 degrees
     assert f"quarter of the images is good to about ± {pooled:.1f}." in text
@@ -143,9 +162,15 @@ def test_the_differences_that_the_text_on_cifar100_names_are_those_of_the_record
     readme = " ".join((ROOT / "README.md").read_text().split())
     assert f"SSKD is {short} points above KD after 8 epochs and {later} after 32;" in readme
     assert f"with all images it is {whole} above KD after 8, and about as much with 30 % of their labels" in readme
-    level = [(sskd_noisy - kd_noisy) - (sskd_all - kd_all), (sskd_noisy - crd_noisy) - (sskd_all - crd_all)]
-    level += [sskd_noisy - kd_4_noisy, crd_noisy - crd_all, sskd_noisy - sskd_all]
+    assert "With all images it is above the nine compared methods of the paper, too, but it and DKD," in readme
+    assert abs((dkd_all - sskd_all).mean()) < half_interval(dkd_all - sskd_all)
+    true = {"KD": kd_all, "FT": nine["FT"], "CRD": nine["CRD"]}
+    wrong = {"KD": kd_noisy, "FT": ft_noisy, "CRD": crd_noisy}
+    level = [(sskd_noisy - wrong[method]) - (sskd_all - true[method]) for method in true]
+    level += [sskd_noisy - kd_4_noisy, wrong["CRD"] - true["CRD"], sskd_noisy - sskd_all]
     assert all(abs(each.mean()) < half_interval(each) for each in level)
+    cost = {method: true[method] - wrong[method] for method in ("KD", "FT")}
+    assert all(each.mean() > half_interval(each) for each in cost.values())
     assert f"is {(sskd - kd_4).mean():.1f} below SSKD after 8 epochs" in readme
     assert f"is {control} above SSKD after 8." in readme
 
@@ -174,14 +199,14 @@ def test_how_alike_students_and_teachers_are_is_reckoned_from_its_record():
     text = " ".join(section("CIFAR-100").partition("\n### Figures\n")[0].split())
     (kl, cka), (kl_4, cka_4) = (found[row, "all"] for row in ("SSKD", "KD, loss × 4"))
     assert f"nothing could be told: KL {gain(kl, kl_4, 3)}, CKA {gain(cka, cka_4, 3)}." in text
-    assert "in KL divergence, and in CKA, too, but for KD with all images" in text
     told = {}
-    for row in ("KD", "AT", "CRD"):
-        for images in ("a quarter", "all"):
-            nearer = (found["SSKD", images] - found[row, images]) * [[-1], [1]]
-            told[row, images] = [bool(each.mean() > half_interval(each)) for each in nearer]
-    assert {case for case, (kl, cka) in told.items() if not cka} == {("KD", "all")}
-    assert all(kl for kl, _ in told.values())
+    for row, images in found.keys() & itertools.product(("KD", *NINE), ("a quarter", "all")):
+        nearer = (found["SSKD", images] - found[row, images]) * [[-1], [1]]
+        told[row, images] = [np.sign(each.mean()) * (abs(each.mean()) > half_interval(each)) for each in nearer]
+    assert len(told) == 13 and all(kl == 1 for kl, _ in told.values())
+    others = {case: cka for case, (_, cka) in told.items() if cka != 1}
+    assert others == {(row, "all"): 0 for row in ("KD", "RKD", "AB")} | {(row, "all"): -1 for row in ("SP", "PKT")}
+    assert "with all images nothing could be told against KD, RKD and AB, and SP and PKT," in text
 
 
 def test_what_stored_features_save_is_reckoned_from_their_record():
