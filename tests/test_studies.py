@@ -115,7 +115,8 @@ def test_the_differences_that_the_text_on_cifar100_names_are_those_of_the_record
     long = few | {"--epoch": 32, "--t-epoch": 8}
     sskd_32, kd_32, kd_4_32, tf_32 = (accuracies(each, long) for each in ("SSKD", "KD", "KD, loss × 4", "KD + tf"))
     sskd_all, kd_all, kd_4_all, alone_all = (accuracies(m, {}) for m in ("SSKD", "KD", "KD, loss × 4", "resnet8 alone"))
-    tf_all, ss_all, dkd_all, ls_all = (accuracies(method, {}) for method in ("KD + tf", "KD + ss", "DKD", "KD + LS"))
+    plain_all, tf_all, ss_all = (accuracies(method, {}) for method in ("KD, 4 views", "KD + tf", "KD + ss"))
+    dkd_all, ls_all = (accuracies(method, {}) for method in ("DKD", "KD + LS"))
     nine = {method: accuracies(method, {}) for method in NINE}
     near, far = (pick(nine, key=lambda method: nine[method].mean()) for pick in (max, min))
     noisy = {"--label-noise": 0.3}
@@ -125,7 +126,8 @@ def test_the_differences_that_the_text_on_cifar100_names_are_those_of_the_record
 
     pairs = [(sskd, kd), (sskd, at), (sskd, crd), (sskd_all, kd_all), (sskd_all, nine[near]), (sskd_all, nine[far])]
     pairs += [(nine["AB"], kd_all), (nine["CRD"], kd_all)]
-    pairs += [(plain, kd), (tf, plain), (ss, plain), (sskd, plain), (ss_all, kd_all)]
+    pairs += [(plain, kd), (tf, plain), (ss, plain), (sskd, plain)]
+    pairs += [(tf_all, plain_all), (ss_all, plain_all), (sskd_all, plain_all), (plain_all, kd_all)]
     pairs += [(sskd, tf), (sskd_32, tf_32), (sskd_all, tf_all)]
     pairs += [(ss_longer, ss), (sskd_longer, sskd), *((k, sskd) for k in other_k)]
     pairs += [(kd_4, kd), (sskd, kd_4), (kd_4_32, kd_32), (sskd_32, kd_4_32)]
