@@ -11,7 +11,7 @@ was stopped.
 
 from argparse import Namespace
 
-import flags
+from harness import flags
 
 
 def parse_args(argv: list[str] | None) -> Namespace:
@@ -50,9 +50,6 @@ def parse_args(argv: list[str] | None) -> Namespace:
     return args
 
 
-if __name__ == "__main__":
-    flags.first(parse_args)  # PyTorch takes seconds to import: --help and wrong flags are answered before
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -65,7 +62,7 @@ import cifar
 import models
 import utils
 from methods import METHODS, MethodError, Outputs, kd_loss, set_phase
-from record import Run, entry, export
+from harness.record import Run, entry, export
 from teacher_store import TeacherCheckpoint, load_teacher, look_once, report_teacher, stored
 from wrapper import classifier, frozen, of_feature
 

@@ -10,7 +10,7 @@ it is the same on every device and a resumed run sees what an uninterrupted one 
 
 from argparse import Namespace
 
-import flags
+from harness import flags
 
 
 def parse_args(argv: list[str] | None) -> Namespace:
@@ -19,9 +19,6 @@ def parse_args(argv: list[str] | None) -> Namespace:
     parser.set_defaults(train_size=None, test_size=None)
     return parser.parse_args(argv)
 
-
-if __name__ == "__main__":
-    flags.first(parse_args)
 
 import hashlib
 import math
@@ -35,8 +32,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from record import entry
-from sources import (
+from harness.record import entry
+from harness.sources import (
     DataError,
     Split,
     alone,

@@ -11,7 +11,7 @@ before for the same teacher, flags and data is read instead. The same command co
 
 from argparse import Namespace
 
-import flags
+from harness import flags
 
 
 def parse_args(argv: list[str] | None) -> Namespace:
@@ -53,9 +53,6 @@ def parse_args(argv: list[str] | None) -> Namespace:
     return args
 
 
-if __name__ == "__main__":
-    flags.first(parse_args)  # PyTorch takes seconds to import: --help and wrong flags are answered before
-
 from collections.abc import Callable
 from pathlib import Path
 
@@ -66,7 +63,7 @@ import cifar
 import models
 import utils
 from losses import VIEWS, SSKDTerms, positives, similarity_matrix, split_views, ss_head_loss, sskd_terms
-from record import Run, entry, export
+from harness.record import Run, entry, export
 from teacher_store import SSHeadFile, load_teacher, look_once, report_teacher, stored
 from wrapper import Wrapper, fold_batch_norms
 

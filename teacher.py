@@ -10,7 +10,7 @@ The same command continues a run that was stopped.
 
 from argparse import Namespace
 
-import flags
+from harness import flags
 
 
 def parse_args(argv: list[str] | None) -> Namespace:
@@ -28,9 +28,6 @@ def parse_args(argv: list[str] | None) -> Namespace:
     return args
 
 
-if __name__ == "__main__":
-    flags.first(parse_args)  # PyTorch takes seconds to import: --help and wrong flags are answered before
-
 from collections.abc import Callable
 from pathlib import Path
 
@@ -41,7 +38,7 @@ from torch import Tensor, nn
 import cifar
 import models
 import utils
-from record import Run, entry
+from harness.record import Run, entry
 from wrapper import NetworkError, check_network
 
 

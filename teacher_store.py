@@ -29,9 +29,9 @@ from tqdm import tqdm
 
 import cifar
 import models
-from flags import UserError, silent, warn
+from harness.flags import UserError, silent, warn
 from losses import VIEWS
-from record import digest, fingerprint, read, refuse_unfinished, restoring, save
+from harness.record import digest, fingerprint, read, refuse_unfinished, restoring, save
 from utils import Fault, evaluate
 from wrapper import classifier
 

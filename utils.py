@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from flags import UserError, silent, warn
+from harness.flags import UserError, silent, warn
 
 
 class Fault(Exception):

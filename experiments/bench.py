@@ -50,7 +50,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the rooms lie there, wherever this is started from
 
-import flags
+from harness import flags
 
 PAIRS = ["wrn_40_2:wrn_16_2", "resnet32x4:resnet8x4", "vgg13:vgg8", "ResNet50:MobileNetV2"]
 
@@ -73,9 +73,6 @@ def parse_args(argv: list[str] | None) -> Namespace:
         parser.error(f"--json {args.json}: its folder does not exist")
     return args
 
-
-if __name__ == "__main__":
-    flags.first(parse_args)  # PyTorch takes seconds to import: --help and wrong flags are answered before
 
 import contextlib
 import ctypes
@@ -106,8 +103,8 @@ import utils
 from experiments import published
 from losses import VIEWS, sskd_terms
 from methods import METHODS, MethodError, Outputs, set_phase
-from negatives import draw_negatives
-from record import entry, write_atomically
+from methods.negatives import draw_negatives
+from harness.record import entry, write_atomically
 from teacher_store import TeacherCheckpoint, look_once
 from wrapper import Wrapper, fold_batch_norms
 

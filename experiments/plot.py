@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # wherever this is started from
 
-import flags
+from harness import flags
 from experiments.runs import ABLATION, COMMON, OWN, Run, published, read_runs, refuse, shown
 from experiments.table import Row, rows_of, spread, told_apart, typed
 
@@ -48,9 +48,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("curves", "accuracy after each epoch, from the folders of runs")
     return parser.parse_args(argv)
 
-
-if __name__ == "__main__":
-    flags.first(parse_args, ("matplotlib", "numpy"), "requirements-experiments.txt")
 
 import json
 import random

@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the rooms lie there, wherever this is started from
 
-import flags
+from harness import flags
 
 
 def parse_args(argv: list[str] | None) -> Namespace:
@@ -33,9 +33,6 @@ def parse_args(argv: list[str] | None) -> Namespace:
     return parser.parse_args(argv)
 
 
-if __name__ == "__main__":
-    flags.first(parse_args)  # PyTorch takes seconds to import: --help and wrong flags are answered before
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -44,7 +41,7 @@ import cifar
 import models
 import utils
 from experiments.similarity import outputs
-from record import entry
+from harness.record import entry
 
 
 def fit(x: Tensor, labels: Tensor, classes: int, decay: float) -> nn.Linear:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the rooms lie there, wherever this is started from
 
-import flags
+from harness import flags
 
 
 def parse_args(argv: list[str] | None) -> Namespace:
@@ -35,9 +35,6 @@ def parse_args(argv: list[str] | None) -> Namespace:
     return parser.parse_args(argv)
 
 
-if __name__ == "__main__":
-    flags.first(parse_args)  # PyTorch takes seconds to import: --help and wrong flags are answered before
-
 import contextlib
 import json
 
@@ -48,7 +45,7 @@ import cifar
 import models
 import utils
 from methods import kd_loss
-from record import entry
+from harness.record import entry
 
 
 @torch.inference_mode()

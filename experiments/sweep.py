@@ -20,9 +20,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the rooms lie there, wherever this is started from
 
-import flags
+from harness import flags
 from experiments.table import PUBLISHED
-from flags import METHODS, NETWORKS, Parser, UserError, number
+from harness.flags import METHODS, NETWORKS, Parser, UserError, number
 
 ROOT = Path(__file__).resolve().parents[1]
 # of student.py: SSKD and what is left of it without tf, without ss, and without both
@@ -102,9 +102,6 @@ def group(words: list[str]) -> list[list[str]]:
     return groups
 
 
-if __name__ == "__main__":
-    flags.first(parse_args)  # PyTorch takes seconds to import: --help and wrong options are answered before
-
 import datetime
 import functools
 import importlib
@@ -130,7 +127,7 @@ import student
 import teacher
 from experiments.runs import LOW_RATE
 from methods import METHODS
-from record import Stopped, entry, refuse_unfinished
+from harness.record import Stopped, entry, refuse_unfinished
 from teacher_store import SSHeadFile, load_teacher
 
 # a script's parser, and what it asks for before it looks at any other flag

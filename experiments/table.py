@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # wherever this is started from
 
-import flags
+from harness import flags
 from experiments.runs import (
     ABLATION,
     COMMON,

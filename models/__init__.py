@@ -12,9 +12,10 @@ All keep channels_last if given it, and can be traced by torch.fx and torch.comp
 """
 
 from functools import partial
+from pathlib import Path
 
-from .checkpoint import Checkpoint, CheckpointError, find_arch, find_checkpoint, load, read, run_folder_of
-from .export import ExportError, exported
+from torch import nn
+
 from .mobilenetv2 import MobileNetV2
 from .resnet import ResNet
 from .resnet50 import ResNet50
@@ -23,18 +24,7 @@ from .shufflenetv2 import ShuffleNetV2
 from .vgg import VGG
 from .wrn import WideResNet
 
-__all__ = [
-    "Checkpoint",
-    "CheckpointError",
-    "ExportError",
-    "exported",
-    "find_arch",
-    "find_checkpoint",
-    "load",
-    "model_dict",
-    "read",
-    "run_folder_of",
-]
+__all__ = ["load", "model_dict"]
 
 _X1, _X4, _X05, _X0375 = (16, 16, 32, 64), (32, 64, 128, 256), (8, 8, 16, 32), (6, 6, 12, 24)
 
@@ -65,3 +55,13 @@ model_dict = {
     "ShuffleV1": ShuffleNetV1,
     "ShuffleV2": ShuffleNetV2,
 }
+
+
+def load(path: str | Path, arch: str | None = None, num_classes: int | None = None) -> nn.Module:
+    """The plain network (CPU, float32) with the weights at `path`, a run folder or a checkpoint file.
+
+    `harness.checkpoint.read` tells what else the checkpoint holds, and what is raised.
+    """
+    from harness.checkpoint import read  # here, because harness needs `model_dict`
+
+    return read(path, arch).network(num_classes)

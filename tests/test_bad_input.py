@@ -13,8 +13,8 @@ from conftest import SHORT, end_of, run_script
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import record
-import sources
+from harness import record
+from harness import sources
 import student
 import teacher
 

@@ -20,7 +20,7 @@ import baseline
 import cifar
 import methods
 import models
-import negatives
+from methods import negatives
 import utils
 from methods import METHODS, Outputs
 from teacher_store import load_teacher

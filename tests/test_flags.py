@@ -12,7 +12,7 @@ from conftest import ROOT, end_of, run_script
 
 import baseline
 import cifar
-import flags
+from harness import flags
 import methods
 import models
 import student

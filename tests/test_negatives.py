@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from negatives import draw_negatives, random_bits
+from methods.negatives import draw_negatives, random_bits
 
 
 def splitmix64(z):

@@ -20,11 +20,11 @@ from conftest import ROOT, SHORT, SHORT_STUDENT, TINY, TINY_STUDENT, contents, e
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import cifar
-import record
+from harness import record
 import student
 import teacher
 import utils
-from flags import UserError
+from harness.flags import UserError
 
 
 def curves(folder):

@@ -17,7 +17,7 @@ from PIL import Image
 
 import cifar
 import models
-import sources
+from harness import sources
 import student
 import teacher
 

@@ -20,11 +20,11 @@ from torch import nn
 import baseline
 import cifar
 import models
-import record
+from harness import record
 import student
 import teacher_store
 import utils
-from flags import UserError
+from harness.flags import UserError
 from teacher_store import SSHeadFile, TeacherCheckpoint, doubt_about, look_once
 from wrapper import Wrapper
 

@@ -27,7 +27,7 @@ from torchvision import datasets as tv
 from torchvision.transforms import functional as tvf
 from tqdm import tqdm
 
-from flags import silent
+from harness.flags import silent
 
 SUFFIXES = tv.folder.IMG_EXTENSIONS
 

@@ -39,7 +39,7 @@ from tensorboardX.event_file_writer import EventFileWriter, EventsWriter
 from tensorboardX.proto.event_pb2 import Event
 from torch import Tensor, nn
 
-from flags import UserError, show_any_name, tell, warn
+from harness.flags import UserError, show_any_name, tell, warn
 from utils import Fault, device_name, size_of
 
 # flags that change no result (of --t-features all that does is whether features are stored, which `more` tells Run)

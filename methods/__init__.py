@@ -39,7 +39,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from negatives import draw_negatives
+from methods.negatives import draw_negatives
 
 
 class Outputs(NamedTuple):

@@ -1,0 +1,1 @@
+"""What is not the method: flags, data sources, checkpoints, run folders, export."""

@@ -1,0 +1,223 @@
+"""The flags that the scripts share, their checks, and the lines in which a script speaks to its user."""
+
+import argparse
+import contextlib
+import difflib
+import importlib.util
+import math
+import re
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from models import model_dict
+
+DATASETS = ("cifar100", "cifar10", "synthetic", "folder")
+SIDES = (32, 64)
+
+
+class UserError(Exception):
+    """Something the user can put right; the message says how. A script ends with status 2."""
+
+
+class Fault(Exception):
+    """The machine or the training failed, not the user. A script ends with status 1."""
+
+
+# ---------------------------------------------------------------------------------------------------- lines on stderr
+
+
+def tell(script: str, text: str) -> None:
+    """Prints a script's last words as one line on stderr, if that is open."""
+    if sys.stderr is not None:
+        with contextlib.suppress(OSError):
+            print(f"{script}: {printable(text)}", file=sys.stderr)
+
+
+def warn(text: str) -> None:
+    """Prints one line on stderr about something odd that does not stop the run."""
+    print(f"warning: {printable(text)}", file=sys.stderr, flush=True)
+
+
+def printable(text: str) -> str:
+    """`text` in one line; characters that cannot be seen, such as terminal codes, are escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(text.split()))
+
+
+def show_any_name() -> None:
+    """Makes stdout and stderr escape the characters that the terminal's encoding lacks, instead of failing on them."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def silent() -> bool | None:
+    """tqdm's `disable`: True without stderr, else None, which silences a bar unless stderr is a terminal."""
+    return True if sys.stderr is None else None
+
+
+# -------------------------------------------------------------------------------------------------------------- parser
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None or action.default is False:
+            return action.help  # no "(default: None)"
+        return super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """An argparse parser that raises UserError on a wrong flag and shows defaults in its help."""
+
+    def __init__(self, description: str, **more: Any):
+        super().__init__(description=description, **{"formatter_class": _Help, "allow_abbrev": False} | more)
+
+    def error(self, message: str) -> NoReturn:
+        flag = re.match(r"unrecognized arguments: (--[\w-]+)", message)
+        choice = re.search(r"invalid choice: '(.*)' \(choose from (.*)\)$", message)
+        if flag:
+            message += did_you_mean(flag[1], re.findall(r"--[\w-]+", self.format_help()))
+        elif choice:
+            message += did_you_mean(choice[1], re.findall(r"[\w.-]+", choice[2]))
+        raise UserError(f"{message} (--help lists the flags)")
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The end of an error message that names the known words most like this one; empty if there are none."""
+    by_lower = {name.lower(): name for name in known}
+    like = [by_lower[name] for name in difflib.get_close_matches(word.lower(), by_lower, cutoff=0.7)]
+    return f"; did you mean {' or '.join(like)}?" if like else ""
+
+
+class Increasing(argparse.Action):
+    """An argparse action for numbers that must increase."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, *_: Any) -> None:
+        if any(a >= b for a, b in zip(values, values[1:], strict=False)):
+            raise argparse.ArgumentError(self, f"{' '.join(map(str, values))}: milestones must increase")
+        setattr(namespace, self.dest, values)
+
+
+def number(kind: type, low: float, high: float = 10**9, above: bool = False) -> Callable[[str], Any]:
+    """An argparse type: a `kind` in [low, high], or in (low, high] if `above`."""
+
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high or (above and value == low):
+            what = "a whole number" if kind is int else "a number"
+            bound = f"above {low}" if above else f"of at least {low}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what} {bound} and at most {high}")
+        return value
+
+    return parse
+
+
+# --------------------------------------------------------------------------------------------------- the shared flags
+
+
+def make_parser(description: str) -> Parser:
+    """A parser of the flags that teacher.py, student.py and baseline.py share."""
+    parser = Parser(description)
+    positive, count = number(float, 0, above=True), number(int, 1)
+
+    add = parser.add_argument_group("optimisation (SGD; the learning rate falls at milestones)").add_argument
+    add("--epoch", type=count, default=240, help="epochs; the published tables use 240")
+    add("--batch-size", type=count, default=64, help="images per step; SSKD's student sees 4 views of each")
+    add("--lr", type=positive, default=0.05, help="learning rate; use 0.01 for MobileNetV2, ShuffleV1 and ShuffleV2")
+    add("--momentum", type=number(float, 0), default=0.9, help="momentum of SGD")
+    add("--weight-decay", type=number(float, 0), default=5e-4, help="weight decay of SGD, on every parameter")
+    add("--gamma", type=positive, default=0.1, help="factor on the learning rate at each milestone")
+    milestones = {"type": count, "nargs": "+", "action": Increasing, "default": [150, 180, 210]}
+    add("--milestones", **milestones, help="epochs after which the learning rate falls")
+
+    add = parser.add_argument_group("data").add_argument
+    add_source(add)
+    add("--train-size", type=count, metavar="N", help="train on N images only, the first of every class")
+    add("--test-size", type=count, metavar="N", help="test on N images only, the first of every class")
+    held = "hold out this share of every class, choose the best epoch on it, and test that epoch once at the end; "
+    held += "0.1 is usual; give teacher and student the same share and seed"
+    add("--val-fraction", type=number(float, 0, 0.9, above=True), metavar="FRACTION", help=held)
+    few = "train on this share of every class, drawn by the seed; the paper tries 0.25, 0.5, 0.75"
+    add("--few-shot", type=number(float, 0, 1, above=True), default=1.0, metavar="FRACTION", help=few)
+    noise = "give this share of the training images a wrong label, drawn by the seed; the paper tries 0.1 to 0.5"
+    add("--label-noise", type=number(float, 0, 1), default=0.0, metavar="FRACTION", help=noise)
+
+    add = parser.add_argument_group("running").add_argument
+    add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="seed of the weights and of every draw")
+    add_device(add)
+    half = "half precision in the networks; losses stay float32"
+    add("--amp", choices=["off", "bf16", "fp16"], default="off", help=half)
+    add("--compile", action="store_true", help="torch.compile the step: a slow first epoch, then faster ones")
+    add("--deterministic", action="store_true", help="use only algorithms that repeat bit for bit; slower on CUDA")
+    numbered = "epochs between the teacher's numbered checkpoints, which milestones and the last epoch have, too"
+    add("--save-interval", type=count, default=40, help=numbered)
+    add("--experiments", default="experiments", metavar="DIR", help="folder of the run folders")
+    return parser
+
+
+def add_device(add: Callable) -> None:
+    """Adds the flag that chooses the device."""
+    device = "the CUDA device; without CUDA: Apple's MPS, else the CPU"
+    add("--gpu-id", type=number(int, 0), default=0, help=device)
+
+
+def add_source(add: Callable) -> None:
+    """Adds the flags that say which data set is read, and from where."""
+    which = "folder: your own class folders; synthetic: generated images, for trying things out "
+    which += "(default: the data set of the given checkpoint, else cifar100)"
+    add("--dataset", choices=DATASETS, help=which)
+    add("--data-root", default="./data", metavar="DIR", help="the folder of the data sets")
+    add("--data-url", metavar="URL", help="download the archive from here (https or file://); its md5 is checked")
+    side = "with --dataset folder: side of the images in pixels; resizes the shorter side, then crops the centre "
+    side += "(default: the checkpoint's, else 32)"
+    add("--side", type=int, choices=SIDES, help=side)
+
+
+def add_networks(parser: Parser) -> Callable:
+    """Adds the flags of teacher and student; returns the function that adds more flags to their group."""
+    add = parser.add_argument_group("networks").add_argument
+    add("--t-path", help="the teacher: a run folder of teacher.py, or a checkpoint file")
+    add("--t-arch", choices=model_dict, metavar="NETWORK", help="the teacher's network, if its checkpoint has no name")
+    stored = "compute the teacher's features in every step, or compute each view once and keep it: in memory, or on "
+    stored += "disk beside the teacher, shared by all its students (50,000 images: 4 GB for 64 features)"
+    add("--t-features", choices=["compute", "memory", "disk"], default="compute", help=stored)
+    student = f"the student's network: one of {', '.join(model_dict)}"
+    add("--s-arch", choices=model_dict, metavar="NETWORK", help=student)
+    pixels = "export the trained student: .pt2 (torch.export) or .onnx; it takes pixels in [0, 1]"
+    add("--export", metavar="FILE", help=pixels)
+    return add
+
+
+def check_networks(parser: Parser, args: argparse.Namespace) -> None:
+    """Ends with an error if teacher or student is missing."""
+    if args.t_path is None:
+        parser.error("--t-path is missing: the folder of a trained teacher, or its checkpoint")
+    if args.s_arch is None:
+        parser.error(f"--s-arch is missing; the known ones are {', '.join(model_dict)}")
+
+
+def check_export(parser: Parser, args: argparse.Namespace) -> None:
+    """Ends with an error if `--export` can't be written, or would replace what may be a checkpoint."""
+    if args.export is None:
+        return
+    file = Path(args.export)
+    if file.is_dir() or not file.name or not file.parent.is_dir():
+        parser.error(f"--export {args.export or repr('')}: give the name of a file in a folder that exists")
+    if file.suffix not in (".pt2", ".onnx"):
+        there = "exists already and " if file.exists() else ""
+        parser.error(f"--export {file}: {there}ends in neither .pt2 (torch.export) nor .onnx: name it so")
+    needed = ("onnx", "onnxscript") if file.suffix == ".onnx" else ()
+    if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
+        names = " ".join(missing)
+        parser.error(f"--export {file}: for ONNX PyTorch needs `pip install {names}`; a .pt2 file needs nothing")
+
+
+def data_name(args: argparse.Namespace) -> str:
+    """The part of a run folder's name about held-out, few-shot and noisy data, for example `_val0.1_few0.25`."""
+    name = f"_val{args.val_fraction}" if args.val_fraction is not None else ""
+    name += f"_few{args.few_shot}" if args.few_shot < 1 else ""
+    return name + (f"_noise{args.label_noise}" if args.label_noise else "")
