@@ -5,13 +5,27 @@
     python student.py --t-path resnet32x4_vanilla/ckpt_epoch_240.pth --t-arch resnet32x4 --s-arch resnet8x4
     python student.py --t-path … --s-arch wrn_16_2 --tf-weight 0 --ss-weight 0          # KD, on the same four views
 
-The teacher first gets a self-supervision (SS) head, trained while its backbone stays frozen; a head that was trained
-before for the same teacher, flags and data is read instead. The same command continues a run that was stopped.
+Step 2 trains a self-supervision (SS) head on the frozen teacher, or reads the head that an earlier student with the
+same teacher, flags and data has left. Step 3 trains the student. The same command continues a run that was stopped.
 """
 
 from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
 
-from harness import flags
+import torch
+from torch import Tensor, nn
+
+import cifar
+import utils
+from harness import checkpoint, flags, sources
+from harness.checkpoint import run_folder_of
+from harness.export import export
+from harness.record import Run, entry
+from losses import VIEWS, SSKDTerms, positives, similarity_matrix, split_views, ss_head_loss, sskd_terms
+from models import model_dict
+from teacher_store import Features, SSHeadFile, features, fingerprint, load_teacher, report_teacher
+from wrapper import Wrapper, frozen
 
 
 def parse_args(argv: list[str] | None) -> Namespace:
@@ -26,19 +40,19 @@ def parse_args(argv: list[str] | None) -> Namespace:
     add("--t-epoch", type=count, default=60, help="epochs")
     add("--t-lr", type=rate, default=0.05, help="learning rate")
     milestones = {"type": count, "nargs": "+", "action": flags.Increasing, "default": [30, 45]}
-    add("--t-milestones", **milestones, help="epochs after which the rate falls")
+    add("--t-milestones", **milestones, help="epochs after which the learning rate falls")
 
-    terms = "the student's loss: weighted sum of four terms (one of weight 0 is only logged)"
+    terms = "the student's loss: weighted sum of four terms (a term of weight 0 is only logged)"
     add = parser.add_argument_group(terms).add_argument
-    add("--ce-weight", type=weight, default=0.1, help="cross-entropy with the labels")
-    add("--kd-weight", type=weight, default=0.9, help="the teacher's logits on normal images")
-    add("--tf-weight", type=weight, default=2.7, help="the teacher's logits on rotated images")
-    add("--ss-weight", type=weight, default=10.0, help="the teacher's similarities between images")
-    add("--kd-T", type=temperature, default=4.0, help="temperature of kd: higher shows more of the wrong classes")
+    add("--ce-weight", type=weight, default=0.1, help="λ1, cross-entropy with the labels")
+    add("--kd-weight", type=weight, default=0.9, help="λ2, the teacher's logits on normal images")
+    add("--tf-weight", type=weight, default=2.7, help="λ4, the teacher's logits on rotated images (the paper's L_T)")
+    add("--ss-weight", type=weight, default=10.0, help="λ3, the teacher's similarities between images")
+    add("--kd-T", type=temperature, default=4.0, help="temperature of kd; higher shows more of the wrong classes")
     add("--tf-T", type=temperature, default=4.0, help="temperature of tf")
-    add("--ss-T", type=temperature, default=0.5, help="temperature of ss: similarities lie in [-1, 1]")
-    add("--ratio-tf", type=ratio, default=1.0, help="share of the teacher's wrong predictions that tf imitates (k)")
-    add("--ratio-ss", type=ratio, default=0.75, help="share of the teacher's wrong matches that ss imitates (k)")
+    add("--ss-T", type=temperature, default=0.5, help="temperature of ss; similarities lie in [-1, 1]")
+    add("--ratio-tf", type=ratio, default=1.0, help="k: share of the teacher's wrong predictions that tf keeps")
+    add("--ratio-ss", type=ratio, default=0.75, help="k: share of the teacher's wrong matches that ss keeps")
 
     args = parser.parse_args(argv)
     flags.check_export(parser, args)
@@ -47,59 +61,46 @@ def parse_args(argv: list[str] | None) -> Namespace:
     elif args.export is None:
         parser.error("--s-path is for --export: give the file to write, too")
     if args.batch_size == 1:
-        parser.error("--batch-size 1: a view needs other images to be told from; use at least 2")
+        parser.error("--batch-size 1: a view needs other images to be compared with; use at least 2")
     if not any(value for name, value in vars(args).items() if name.endswith("_weight")):
         parser.error("all weights are 0: there is nothing to learn")
     return args
 
 
-from collections.abc import Callable
-from pathlib import Path
-
-import torch
-from torch import Tensor, nn
-
-import cifar
-import models
-import utils
-from losses import VIEWS, SSKDTerms, positives, similarity_matrix, split_views, ss_head_loss, sskd_terms
-from harness.record import Run, entry, export
-from teacher_store import SSHeadFile, load_teacher, look_once, report_teacher, stored
-from wrapper import Wrapper, fold_batch_norms
-
-
-@entry(cifar.DataError, models.CheckpointError, models.ExportError)
+@entry
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     path = args.s_path if args.s_path is not None else train(args)
     if args.export is not None:
-        checkpoint = models.read(path, args.s_arch)
-        cifar.use_dataset_of(args, checkpoint)
-        export(args.export, checkpoint.exported(cifar.about_dataset(args, checkpoint.about), args.export))
+        export(checkpoint.read(path, args.s_arch), args)
 
 
 def train(args: Namespace) -> Path:
     """Steps 2 and 3, or what a stopped run left of them; returns the run's folder."""
-    checkpoint = load_teacher(args)
-    more = {"teacher": checkpoint.fingerprint, "t_features": stored(args), **cifar.identity(args)}
-    run = Run(run_folder(args, checkpoint.folder), args, **more)
-    if run.finished(product="student_best.pth" if args.export else None):
+    found = load_teacher(args.t_path, args.t_arch)
+    source = sources.read_for(args, found.about, found.file)
+    network = found.network(len(source.classes))
+    identity = source.identity | {"teacher": fingerprint(network)}
+    run = Run(run_folder(args, run_folder_of(found.file).name), flags.settings(args, identity))
+    if run.finished():
         return run.folder
+    flags.warn_of_schedule(args)
     device = utils.pick_device(args.gpu_id)
-    data = cifar.load(args, device)
+    data = cifar.load(source, args, device)
     utils.set_up(args.seed, device, args.deterministic)
-    autocast = utils.precision(args.amp, device)
-    teacher = Wrapper(checkpoint.network).to(device, memory_format=torch.channels_last)
-    folded = fold_batch_norms(teacher)  # the teacher as both steps use it; the SS head is one and the same
-    held_out = "test" if data.val is data.test else "val"
-    look_once(args, checkpoint, folded.backbone, autocast, **{"train": data.train, held_out: data.val})
 
-    # only now: whether there is space for the features is known
-    run.start(device, teacher=report_teacher(args, checkpoint, teacher.backbone, data.test, autocast))
-    run.tell_sizes(models.model_dict[args.s_arch](num_classes=data.train.about["classes"]), checkpoint.network)
-    train_ss_head(args, run, folded, data, autocast, SSHeadFile(args, checkpoint, device))
-    run.keep("teacher.pth", teacher.state_dict())  # written after an epoch, by when a continued run has the head again
-    distil(args, run, folded, data, autocast)
+    student = Wrapper(model_dict[args.s_arch](num_classes=len(source.classes)))
+    for module in (student, network):
+        module.to(device, memory_format=torch.channels_last)  # convolutions are fastest in this layout
+    torch.manual_seed(args.seed)  # again, so that the SS head does not depend on the student
+    teacher = Wrapper(frozen(network, maps=False)).to(device).eval()
+
+    reported = report_teacher(found, network, data, utils.precision(args.amp, device))
+    run.start(device, teacher=reported, **utils.sizes(source.side, student.backbone, network))
+    table = features(args, found.file, identity, data.train, teacher.backbone)
+    train_ss_head(args, run, teacher, data, table, SSHeadFile(args, found.file, identity, device))
+    run.keep("teacher.pth", teacher.unfolded_state(network))
+    distil(args, run, teacher, student, data, table)
     return run.folder
 
 
@@ -117,26 +118,31 @@ def run_folder(args: Namespace, teacher: str) -> Path:
 
 
 def train_ss_head(
-    args: Namespace, run: Run, teacher: Wrapper, data: cifar.Data, autocast: Callable, kept: SSHeadFile
+    args: Namespace, run: Run, teacher: Wrapper, data: cifar.Data, table: Features | None, head_file: SSHeadFile
 ) -> None:
-    """Trains the SS head of the frozen `teacher` on the contrastive task, unless an earlier student has left one."""
-    train_set, val_set = data.train, data.val
-    head, device = teacher.proj_head, train_set.labels.device
-    lines = [] if run.last else kept.read_into(head)  # a continued run has its head in last.pth
-    if lines:
-        run.replay("ss_head", lines)
+    """Trains the SS head of the frozen `teacher` on the contrastive task, or reads the head of an earlier student."""
+    head, device = teacher.proj_head, data.train.device
+    autocast = utils.precision(args.amp, device)
     loss_of = utils.compiled(make_ss_loss(teacher, autocast), args.compile, device)
     sgd = utils.SGD(head.parameters(), args.t_lr, args.t_milestones, args)
-    features = None
-    for epoch in run.epochs("ss_head", args.t_epoch, head=head, optimisation=sgd):
-        features = features or ss_test_features(teacher, val_set, autocast)
-        batches = train_set.batches("ss_head", epoch, VIEWS, features=True, cut=False)
-        trained = utils.train_epoch(head, loss_of, batches, sgd, len(train_set), f"SS head epoch {epoch}")
-        tested = test_ss_head(head, features, autocast, f"test after SS head epoch {epoch}")
-        run.log(epoch, len(train_set), train=trained | {"teacher_lr": sgd.lr}, val=tested)
-        sgd.end_epoch()
-        if epoch == args.t_epoch:
-            kept.write(head, run.lines("ss_head"))
+    test_features = None
+    with head_file.alone():
+        if not run.resumed and (lines := head_file.read_into(head)):
+            run.replay("ss_head", lines)
+        for epoch in run.epochs("ss_head", args.t_epoch, teacher_head=head, head_optimisation=sgd):
+            test_features = test_features or ss_test_features(teacher, data.val, autocast)
+            seen = table.batches_without_views if table else data.train.batches
+            meter = utils.Meter(f"SS head epoch {epoch}", len(data.train))
+            for batch in seen("ss_head", epoch, VIEWS):
+                loss, terms = loss_of(batch)
+                sgd.step(loss)
+                meter.add(len(batch.target), loss, terms)
+            trained = meter.means()
+            tested = test_ss_head(head, test_features, autocast, f"test after SS head epoch {epoch}")
+            run.log(epoch, len(data.train), train=trained | {"teacher_lr": sgd.lr}, val=tested)
+            sgd.end_epoch()
+            if epoch == args.t_epoch:
+                head_file.write(head, run.lines("ss_head"))
 
 
 def make_ss_loss(teacher: Wrapper, autocast: Callable) -> Callable:
@@ -158,10 +164,9 @@ def ss_loss_and_log(embedding: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
 
 @torch.no_grad()
 def ss_test_features(teacher: Wrapper, images: cifar.Images, autocast: Callable) -> list[Tensor]:
-    """(4B, D) of each batch of the test set. The backbone is frozen, so once serves all epochs of the head."""
+    """The features (4B, D) of each test batch. The backbone is frozen, so they serve all epochs of the head."""
     with autocast():
-        batches = images.test_batches(VIEWS, features=True, cut=False)
-        return [teacher(batch.x, feature=batch.feature).feature for batch in batches]
+        return [teacher(batch.x).feature for batch in images.test_batches(VIEWS)]
 
 
 @torch.no_grad()
@@ -177,32 +182,30 @@ def test_ss_head(head: nn.Module, features: list[Tensor], autocast: Callable, la
 # ------------------------------------------------------------------------------------------------- step 3: the student
 
 
-def distil(args: Namespace, run: Run, teacher: Wrapper, data: cifar.Data, autocast: Callable) -> None:
+def distil(
+    args: Namespace, run: Run, teacher: Wrapper, student: Wrapper, data: cifar.Data, table: Features | None
+) -> None:
     """Trains the student (backbone and SS head) on the four views of each image."""
-    train_set, val_set = data.train, data.val
-    device = train_set.labels.device
-    torch.manual_seed(args.seed)  # again: the student is the same whether the SS head was trained or read
-    student = Wrapper(models.model_dict[args.s_arch](num_classes=train_set.about["classes"]))
-    student.to(device, memory_format=torch.channels_last)
-    loss_of = utils.compiled(make_loss(args, teacher, student, autocast), args.compile, device)
+    autocast = utils.precision(args.amp, data.train.device)
+    loss_of = utils.compiled(make_loss(args, teacher, student, autocast), args.compile, data.train.device)
     sgd = utils.SGD(student.parameters(), args.lr, args.milestones, args)
     parts = {"student": student, "teacher_head": teacher.proj_head, "optimisation": sgd}
-    about = {"arch": args.s_arch} | val_set.about
     for epoch in run.epochs("student", args.epoch, **parts):
-        if epoch == 1:
-            views = next(train_set.batches("student", epoch, VIEWS)).x[: 8 * VIEWS]
-            run.show(epoch, "views", utils.views_image(train_set.brightness(views), VIEWS))
-        batches = train_set.batches("student", epoch, VIEWS, features=True)
-        trained = utils.train_epoch(student, loss_of, batches, sgd, len(train_set), f"student epoch {epoch}")
-        ce_loss, acc, top5 = utils.evaluate(student.backbone, val_set, autocast, f"test after student epoch {epoch}")
-        tested = {"ce_loss": ce_loss, "cls_acc": acc, "cls_acc_top5": top5}
-        run.log(epoch, len(train_set), train=trained | {"lr": sgd.lr}, val=tested)
+        student.train()
+        meter = utils.Meter(f"student epoch {epoch}", len(data.train))
+        for batch in (table or data.train).batches("student", epoch, VIEWS):
+            loss, terms = loss_of(batch)
+            sgd.step(loss)
+            meter.add(len(batch.target), loss, terms)
+        trained = meter.means()
+        test = utils.evaluate(student.backbone, data.val, autocast, f"test after student epoch {epoch}")
+        tested = {"ce_loss": test.loss, "cls_acc": test.acc, "cls_acc_top5": test.acc_top5}
+        run.log(epoch, len(data.train), train=trained | {"lr": sgd.lr}, val=tested)
         sgd.end_epoch()
-        best = {"epoch": epoch, "state_dict": student.state_dict(), "best_acc": acc, "about": about}
-        run.keep_best("student_best.pth", acc, best)
+        best = {"epoch": epoch, "state_dict": student.state_dict(), "best_acc": test.acc}
+        run.keep_best("student_best.pth", test.acc, best | {"about": {"arch": args.s_arch} | data.about})
         if epoch in (1, args.epoch):
-            views = next(val_set.test_batches(VIEWS)).x
-            run.show(epoch, "similarity/teacher_and_student", similarities(teacher, student, views, autocast))
+            utils.show(run, epoch, teacher, student, data, autocast)
     run.finish(utils.test_of_best(student, run.best_checkpoint, data, autocast, student.backbone))
 
 
@@ -229,14 +232,6 @@ def make_loss(args: Namespace, teacher: Wrapper, student: Wrapper, autocast: Cal
         return loss, logged
 
     return loss_of
-
-
-@torch.inference_mode()
-def similarities(teacher: Wrapper, student: Wrapper, views: Tensor, autocast: Callable) -> Tensor:
-    """What TensorBoard shows of the similarities that the student is to learn, the teacher's on the left."""
-    with autocast():
-        embeddings = teacher(views).embedding, student(views).embedding
-    return utils.similarity_image(*map(similarity_matrix, embeddings))
 
 
 if __name__ == "__main__":

@@ -2,32 +2,13 @@
 
     python teacher.py --arch wrn_40_2
     python teacher.py --arch MobileNetV2 --lr 0.01
-    python teacher.py --arch resnet8 --dataset synthetic --epoch 5 --milestones 3 4   # a try-out without any file
+    python teacher.py --arch resnet8 --dataset synthetic --epoch 5 --milestones 3 4   # needs no data
     python teacher.py --evaluate experiments/teacher_wrn_40_2_seed0                    # accuracy of a checkpoint
 
 The same command continues a run that was stopped.
 """
 
 from argparse import Namespace
-
-from harness import flags
-
-
-def parse_args(argv: list[str] | None) -> Namespace:
-    parser = flags.make_parser("Trains a teacher on CIFAR-100 with cross-entropy.")
-    known = ", ".join(flags.NETWORKS)
-    parser.add_argument("--arch", choices=flags.NETWORKS, metavar="NETWORK", help=f"one of {known}")
-    accuracy_of = "print the test accuracy of a run folder or checkpoint, and exit"
-    parser.add_argument("--evaluate", metavar="PATH", help=accuracy_of)
-    parser.add_argument("--per-class", action="store_true", help="with --evaluate: the accuracy of each class, too")
-    args = parser.parse_args(argv)
-    if args.arch is None and args.evaluate is None:
-        parser.error(f"--arch is missing; the known ones are {known}")
-    if args.per_class and args.evaluate is None:
-        parser.error("--per-class is for --evaluate: give the run folder or checkpoint, too")
-    return args
-
-
 from collections.abc import Callable
 from pathlib import Path
 
@@ -36,13 +17,26 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import cifar
-import models
 import utils
+from harness import checkpoint, flags, sources
 from harness.record import Run, entry
-from wrapper import NetworkError, check_network
+from models import model_dict
+from wrapper import check_network
 
 
-@entry(cifar.DataError, models.CheckpointError, NetworkError)
+def parse_args(argv: list[str] | None) -> Namespace:
+    parser = flags.make_parser("Trains a teacher on CIFAR-100 with cross-entropy.")
+    known = ", ".join(model_dict)
+    parser.add_argument("--arch", choices=model_dict, metavar="NETWORK", help=f"one of {known}")
+    accuracy_of = "print the test accuracy of a run folder or checkpoint, and exit"
+    parser.add_argument("--evaluate", metavar="PATH", help=accuracy_of)
+    args = parser.parse_args(argv)
+    if args.arch is None and args.evaluate is None:
+        parser.error(f"--arch is missing; the known ones are {known}")
+    return args
+
+
+@entry
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     if args.evaluate is not None:
@@ -52,34 +46,40 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def train(args: Namespace) -> None:
+    source = sources.read_for(args, about={})
     folder = Path(args.experiments) / f"teacher_{args.arch}{flags.data_name(args)}_seed{args.seed}"
-    run = Run(folder, args, **cifar.identity(args))
-    if run.finished(product="best.pth"):
+    run = Run(folder, flags.settings(args, source.identity))
+    if run.finished():
         return
+    flags.warn_of_schedule(args)
     device = utils.pick_device(args.gpu_id)
-    data = cifar.load(args, device)
-    train_set, about = data.train, {"arch": args.arch} | data.val.about
+    data = cifar.load(source, args, device)
     utils.set_up(args.seed, device, args.deterministic)
 
-    model = models.model_dict[args.arch](num_classes=about["classes"])
-    check_network(model, args.arch, about["classes"], about["side"])
-    run.start(device)
-    run.tell_sizes(model)
-    model.to(device, memory_format=torch.channels_last)  # the layout in which convolutions are fastest
+    model = model_dict[args.arch](num_classes=len(source.classes))
+    check_network(model, args.arch, len(source.classes), source.side)
+    run.start(device, **utils.sizes(source.side, model))
+    model.to(device, memory_format=torch.channels_last)  # convolutions are fastest in this layout
     autocast = utils.precision(args.amp, device)
     loss_of = utils.compiled(make_loss(model, autocast), args.compile, device)
     sgd = utils.SGD(model.parameters(), args.lr, args.milestones, args)
+    about = {"arch": args.arch} | data.about
     for epoch in run.epochs("teacher", args.epoch, model=model, optimisation=sgd):
-        batches = train_set.batches("teacher", epoch, views=1)
-        trained = utils.train_epoch(model, loss_of, batches, sgd, len(train_set), f"teacher epoch {epoch}")
-        loss, acc, top5 = utils.evaluate(model, data.val, autocast, f"test after teacher epoch {epoch}")
-        tested = {"cls_loss": loss, "cls_acc": acc, "cls_acc_top5": top5}
-        run.log(epoch, len(train_set), train=trained | {"lr": sgd.lr}, val=tested)
+        model.train()
+        meter = utils.Meter(f"teacher epoch {epoch}", len(data.train))
+        for batch in data.train.batches("teacher", epoch, views=1):
+            loss, terms = loss_of(batch)
+            sgd.step(loss)
+            meter.add(len(batch.target), loss, terms)
+        trained = meter.means()
+        test = utils.evaluate(model, data.val, autocast, f"test after teacher epoch {epoch}")
+        tested = {"cls_loss": test.loss, "cls_acc": test.acc, "cls_acc_top5": test.acc_top5}
+        run.log(epoch, len(data.train), train=trained | {"lr": sgd.lr}, val=tested)
         sgd.end_epoch()
-        checkpoint = {"epoch": epoch, "state_dict": model.state_dict(), "acc": acc, "about": about}
-        run.keep_best("best.pth", acc, checkpoint)
+        best = {"epoch": epoch, "state_dict": model.state_dict(), "acc": test.acc, "about": about}
+        run.keep_best("best.pth", test.acc, best)
         if epoch in args.milestones or epoch % args.save_interval == 0 or epoch == args.epoch:
-            run.keep(f"{epoch:03d}.pth", checkpoint)
+            run.keep(f"{epoch:03d}.pth", best)
     run.finish(utils.test_of_best(model, run.best_checkpoint, data, autocast))
 
 
@@ -97,20 +97,15 @@ def make_loss(model: nn.Module, autocast: Callable) -> Callable:
 
 def evaluate(args: Namespace) -> None:
     """Prints the test accuracy of any checkpoint that `models.load` reads."""
-    checkpoint = models.read(args.evaluate, args.arch)
-    cifar.use_dataset_of(args, checkpoint)
-    model = checkpoint.network(cifar.num_classes(args))
+    found = checkpoint.read(args.evaluate, args.arch)
+    source = sources.read_for(args, found.about, found.file)
+    model = found.network(len(source.classes))
     device = utils.pick_device(args.gpu_id)
-    test_set = cifar.load(args, device).test
+    images = cifar.load(source, args, device).test
     model.to(device, memory_format=torch.channels_last)
-    autocast = utils.precision(args.amp, device)
-    tested = utils.evaluate(model, test_set, autocast)
-    top5 = "" if tested.acc_top5 is None else f", top-5 {tested.acc_top5:.2f} %,"
-    print(f"test accuracy {tested.acc:.2f} %{top5} of {len(test_set)} images")
-    if args.per_class:
-        names = cifar.class_names(args)
-        for label, count, acc in utils.class_accuracies(model, test_set, autocast):
-            print(f"{label:>5}  {names[label] if names else '':16}{count:>6} images{acc:>8.2f} %")
+    test = utils.evaluate(model, images, utils.precision(args.amp, device))
+    top5 = "" if test.acc_top5 is None else f", top-5 {test.acc_top5:.2f} %,"
+    print(f"test accuracy {test.acc:.2f} %{top5} of {len(images)} images")
 
 
 if __name__ == "__main__":

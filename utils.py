@@ -1,13 +1,12 @@
-"""What the entries share while they train: the device and its precision, SGD, meters, one epoch, evaluation."""
+"""What the entries share while they train: the device and its precision, SGD, meters, evaluation."""
 
 import argparse
 import contextlib
 import ctypes
 import functools
 import os
-import platform
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
@@ -18,18 +17,15 @@ from torch import Tensor, nn
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from harness.flags import UserError, silent, warn
-
-
-class Fault(Exception):
-    """The machine or the training failed, not the user."""
-
+from harness.flags import Fault, UserError, silent, warn
+from harness.record import Run, device_name
+from losses import VIEWS, similarity_matrix
 
 # ------------------------------------------------------------------------------------------------ device and precision
 
 
 def pick_device(gpu_id: int) -> torch.device:
-    """CUDA `gpu_id`, else Apple's MPS, else the CPU; printed in one line.
+    """CUDA `gpu_id`, else Apple's MPS, else the CPU; prints a line.
 
     Raises:
         UserError: CUDA has no such device.
@@ -48,29 +44,24 @@ def pick_device(gpu_id: int) -> torch.device:
     return device
 
 
-def device_name(device: torch.device) -> str:
-    """What the device is sold as."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-
-
 def set_up(seed: int, device: torch.device, deterministic: bool) -> None:
-    """Seeds everything and chooses between fast and repeatable algorithms."""
+    """Seeds all random generators and chooses between fast and repeatable algorithms."""
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
-    torch.backends.cudnn.benchmark = not deterministic  # shapes are static: the search for the fastest pays at once
+    torch.backends.cudnn.benchmark = not deterministic  # shapes are static: searching for the fastest kernel pays
     if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs to repeat itself
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats its results only with this
     torch.use_deterministic_algorithms(deterministic)
     if device.type == "cpu":
         _keep_freed_memory()
 
 
 def _keep_freed_memory() -> None:
-    """Lets glibc keep what it frees, up to 1 GB.
+    """Lets glibc keep up to 1 GB of freed memory.
 
-    By itself it gives large blocks back to the system and gets them anew, page by page, at every step: of a step's time
-    8 % for wrn_40_2 → wrn_16_2, 1 % for the small resnet20 → resnet8 (2 cores). Without glibc nothing changes.
+    By default it returns large blocks to the system and fetches them again, page by page, in every step. That costs
+    8 % of a step of wrn_40_2 → wrn_16_2 and 1 % of resnet20 → resnet8 (2 cores). Without glibc nothing changes.
     """
     m_trim_threshold, m_mmap_threshold = -1, -3  # of malloc.h
     with contextlib.suppress(OSError, AttributeError):
@@ -88,8 +79,8 @@ def precision(amp: str, device: torch.device) -> Callable[[], AbstractContextMan
 def compiled(function: Callable, wanted: bool, device: torch.device) -> Callable:
     """`function` as one compiled graph if `wanted` (`--compile`).
 
-    Shapes are static but for an epoch's last batch, which gets a graph of its own. On CUDA the graphs are replayed
-    whole, since launching the kernels of small networks one by one takes longer than running them.
+    Only the last batch of an epoch has another shape; it gets its own graph. On CUDA the graphs are replayed whole,
+    because launching the kernels of a small network one by one takes longer than running them.
     """
     if not wanted:
         return function
@@ -106,21 +97,21 @@ def wide(device: torch.device) -> torch.dtype:
 
 
 class SGD:
-    """The published optimisation as one thing to save and restore: SGD, its MultiStepLR, and the scaler of float16.
+    """SGD, its MultiStepLR and the gradient scaler of float16, saved and restored as one.
 
     Args:
-        parameters: what is trained.
+        parameters: the tensors to train.
         lr, milestones: the learning rate, and the epochs after which it is multiplied by `args.gamma`.
-        args: `momentum`, `weight_decay`, `gamma`, `amp`.
+        args: the flags `momentum`, `weight_decay`, `gamma`, `amp`.
     """
 
     def __init__(self, parameters: Iterable[Tensor], lr: float, milestones: list[int], args: argparse.Namespace):
         parameters = list(parameters)
         decay = {"momentum": args.momentum, "weight_decay": args.weight_decay}
-        # fused: one kernel updates all parameters, and skips an overflowed step without asking the host
+        # fused: one kernel updates all parameters, and skips an overflowed step without waiting for the host
         self.optimizer = torch.optim.SGD(parameters, lr=lr, fused=True, **decay)
         self.scheduler = torch.optim.lr_scheduler.MultiStepLR(self.optimizer, milestones, args.gamma)
-        # only float16 needs its gradients scaled away from zero; a disabled scaler passes everything through
+        # only float16 needs scaled gradients; a disabled scaler changes nothing
         self.scaler = torch.amp.GradScaler(parameters[0].device.type, enabled=args.amp == "fp16")
 
     @property
@@ -149,48 +140,58 @@ class SGD:
         self.scaler.load_state_dict(state["scaler"])
 
 
-def accuracy(scores: Tensor, target: Tensor) -> Tensor:
-    """Share of the rows of `scores` (N, C) whose highest column is `target` (N,), in percent: a scalar."""
-    return (scores.argmax(1) == target).to(wide(target.device)).mean() * 100
-
-
-def accuracy_top5(scores: Tensor, target: Tensor) -> Tensor:
-    """The same for the five highest columns; equal scores rank in the order of their columns, as in `argmax`."""
-    five = scores.argsort(dim=1, descending=True, stable=True)[:, :5]
-    return (five == target.unsqueeze(1)).any(1).to(wide(target.device)).mean() * 100
+def accuracy(scores: Tensor, target: Tensor, k: int = 1) -> Tensor:
+    """Share of the rows of `scores` (N, C) whose `target` (N,) is among the `k` highest columns, in percent: a scalar."""
+    best = scores.argmax(1, keepdim=True) if k == 1 else scores.topk(k).indices
+    return (best == target.unsqueeze(1)).any(1).to(wide(target.device)).mean() * 100
 
 
 class Meter:
     """Means of scalars over an epoch, kept on the device so that adding never waits for it.
 
-    It also remembers, there, the first step at which each scalar was not finite.
+    It also remembers the first step at which each scalar was not finite, and shows a progress bar on a terminal: images
+    per second, the time left and, every 20 steps, the means.
+
+    Args:
+        label: the epoch, for the bar and for errors.
+        images: how many images the epoch has; None for no bar.
     """
 
-    def __init__(self, label: str):
-        self.label = label  # which epoch of what
+    def __init__(self, label: str, images: int | None = None):
+        self.label = label
         self.names: list[str] = []
         self.rows = self.steps = 0
         self.total: Tensor | int = 0
-        self.finite_steps: Tensor | int = 0  # before the first that was not
+        self.finite_steps: Tensor | int = 0  # steps before the first that was not finite
+        hidden = True if images is None else silent()
+        self.bar = tqdm(total=images, desc=label, unit=" images", leave=False, dynamic_ncols=True, disable=hidden)
 
-    def add(self, rows: int, loss: Tensor, values: dict[str, Tensor]) -> None:
-        """Adds scalars that are means over `rows` rows, beside the loss that they are parts of."""
+    def add(self, rows: int, loss: Tensor, values: Mapping[str, Tensor]) -> None:
+        """Adds scalars that are means over `rows` images, and the loss that they are parts of."""
         self.names = ["loss", *values]
         stacked = torch.stack([value.detach() for value in (loss, *values.values())]).to(wide(loss.device))
         self.total = self.total + stacked * rows
         self.finite_steps = self.finite_steps + torch.isfinite(self.total)  # a total that went bad stays bad
         self.rows += rows
         self.steps += 1
+        if not self.bar.disable and self.steps % 20 == 0:
+            self.bar.set_postfix({name: f"{mean:.3f}" for name, mean in self._means().items()}, refresh=False)
+        self.bar.update(rows)
 
     def means(self) -> dict[str, float]:
-        """The means of the values so far. This is a sync point: once an epoch, or for a progress line.
+        """The means of the epoch's values; ends the bar. Waits for the device, so it is called once an epoch.
 
         Raises:
-            Fault: the loss was not finite; names the epoch, the step and the terms. A term that is not part of the
-                loss, its weight being 0, may be anything.
+            Fault: the loss was not finite; names the epoch, the step and the terms. A term of weight 0 is no part of
+                the loss and may be anything.
         """
+        self.bar.close()
+        return self._means()
+
+    def _means(self) -> dict[str, float]:
         finite, totals = self.finite_steps.tolist(), self.total.tolist()
         if finite[0] < self.steps:
+            self.bar.close()
             bad = [name for name, steps in zip(self.names, finite, strict=True) if steps <= finite[0]]
             raise Fault(
                 f"{self.label}, step {finite[0] + 1}: {', '.join(bad[1:]) or 'the loss'} is not finite; what was saved "
@@ -199,42 +200,22 @@ class Meter:
         return {name: total / self.rows for name, total in zip(self.names[1:], totals[1:], strict=True)}
 
 
-def train_epoch(
-    module: nn.Module, loss_of: Callable, batches: Iterator, sgd: SGD, images: int, label: str
-) -> dict[str, float]:
-    """Trains `module` on the batches of one epoch over `images` images; returns the means of what is logged.
-
-    `loss_of(batch)` gives the loss and {name: scalar} to log. On a terminal a bar named `label` shows images per
-    second, the time left and, every 20 steps, the means.
-    """
-    module.train()
-    meter = Meter(label)
-    with tqdm(total=images, desc=label, unit=" images", leave=False, dynamic_ncols=True, disable=silent()) as bar:
-        for batch in batches:
-            loss, logged = loss_of(batch)
-            sgd.step(loss)
-            meter.add(len(batch.target), loss, logged)
-            if not bar.disable and meter.steps % 20 == 0:
-                bar.set_postfix({name: f"{mean:.3f}" for name, mean in meter.means().items()}, refresh=False)
-            bar.update(len(batch.target))
-    return meter.means()
-
-
 class Test(NamedTuple):
-    """What a network reached on a split."""
+    """The figures of a network on a split."""
 
     loss: float  # cross-entropy, in nats
     acc: float  # top-1, in percent
-    acc_top5: float | None  # None where there are no more than five classes
+    acc_top5: float | None  # None for five classes or fewer
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, images: Any, autocast: Callable, label: str = "test") -> Test:
-    """Tests `model` on the normal views of a split; leaves it in eval mode.
+def evaluate(model: Callable[[Tensor], Tensor], images: Any, autocast: Callable, label: str = "test") -> Test:
+    """Tests `model`, images → logits, on the normal views of a split; a module stays in eval mode.
 
-    `label` says what is tested, if the loss should not be finite.
+    `label` names the test in the error if the loss is not finite.
     """
-    model.eval()
+    if isinstance(model, nn.Module):
+        model.eval()
     meter = Meter(label)
     for batch in images.test_batches(views=1):
         with autocast():
@@ -242,32 +223,16 @@ def evaluate(model: nn.Module, images: Any, autocast: Callable, label: str = "te
         loss = F.cross_entropy(logits.float(), batch.target)
         means = {"cls_loss": loss, "cls_acc": accuracy(logits, batch.target)}
         if logits.shape[1] > 5:
-            means["cls_acc_top5"] = accuracy_top5(logits, batch.target)
+            means["cls_acc_top5"] = accuracy(logits, batch.target, k=5)
         meter.add(len(batch.target), loss, means)
     means = meter.means()
     return Test(means["cls_loss"], means["cls_acc"], means.get("cls_acc_top5"))
 
 
-@torch.inference_mode()
-def class_accuracies(model: nn.Module, images: Any, autocast: Callable) -> list[tuple[int, int, float]]:
-    """For every class that a split has: its label, its number of images, and the accuracy on them in percent."""
-    model.eval()
-    right = []
-    for batch in images.test_batches(views=1):
-        with autocast():
-            right.append(model(batch.x).argmax(1) == batch.target)
-    right = torch.cat(right)
-    rows = []
-    for label in images.labels.unique().tolist():
-        of_class = right[images.labels == label]
-        rows.append((label, len(of_class), of_class.float().mean().item() * 100))
-    return rows
-
-
 def test_of_best(
     model: nn.Module, checkpoint: Mapping, data: Any, autocast: Callable, network: nn.Module | None = None
 ) -> float | None:
-    """Test accuracy (%) of the best epoch's `checkpoint`, read into `model`, or of the part `network` of it.
+    """Test accuracy (%) of the best epoch: loads its `checkpoint` into `model` and tests `model` or its part `network`.
 
     None if the best epoch was chosen on the test images themselves: its accuracy is known.
     """
@@ -277,29 +242,41 @@ def test_of_best(
     return evaluate(model if network is None else network, data.test, autocast, "test of the best epoch").acc
 
 
-@torch.no_grad()
-def size_of(network: nn.Module, side: int = 32) -> tuple[int, int]:
-    """Parameters, and multiply-adds of the convolutions and linear layers for one image of `side` × `side` pixels."""
-    counts = []
+def sizes(side: int, network: nn.Module, teacher: nn.Module | None = None) -> dict[str, int]:
+    """Parameters, and multiply-adds for one image of `side` × `side` pixels, of a network and its teacher; prints them."""
+    from torch.utils.flop_counter import FlopCounterMode  # takes a second to import
 
-    def count(module: nn.Module, _: Any, out: Tensor) -> None:
-        counts.append(out.numel() * module.weight[0].numel())  # each output is a sum over one filter's weights
-
-    layers = [module for module in network.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
-    hooks = [layer.register_forward_hook(count) for layer in layers]
-    training = network.training
-    network.eval()(torch.zeros(1, 3, side, side, device=next(network.parameters()).device))
-    network.train(training)
-    for hook in hooks:
-        hook.remove()
-    return sum(parameter.numel() for parameter in network.parameters()), sum(counts)
+    found, lines = {}, []
+    for whose, each in (("", network), ("teacher_", teacher)):
+        if each is None:
+            continue
+        training, device = each.training, next(each.parameters()).device
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            each.eval()(torch.zeros(1, 3, side, side, device=device))
+        each.train(training)
+        params, multiply_adds = sum(p.numel() for p in each.parameters()), counter.get_total_flops() // 2
+        found |= {f"{whose}params": params, f"{whose}multiply_adds": multiply_adds}
+        lines.append(f"{params / 1e6:.2f} M parameters, {multiply_adds / 1e6:.1f} M multiply-adds per image")
+    print(f"network: {'; its teacher: '.join(lines)}", flush=True)
+    return found
 
 
 # ---------------------------------------------------------------------------------------------- what TensorBoard shows
 
 
+@torch.inference_mode()
+def show(run: Run, epoch: int, teacher: nn.Module, student: nn.Module, data: Any, autocast: Callable) -> None:
+    """Shows views of eight training images, and the similarities of teacher (left) and student on test images."""
+    views = next(data.train.batches("student", epoch, VIEWS)).x[: 8 * VIEWS]
+    run.show(epoch, "views", views_image(data.train.brightness(views), VIEWS))
+    images = next(data.val.test_batches(VIEWS)).x
+    with autocast():
+        matrices = (similarity_matrix(network(images).embedding) for network in (teacher, student))
+    run.show(epoch, "similarity/teacher_and_student", similarity_image(*matrices))
+
+
 def views_image(views: Tensor, per_image: int) -> Tensor:
-    """Views (V·N, 3, H, W) in [0, 1] → one image, a row for each of the N with its V = `per_image` views."""
+    """Views (V·N, 3, H, W) in [0, 1] → one image: a row for each of the N images with its V = `per_image` views."""
     return make_grid(views, nrow=per_image, padding=1)
 
 

@@ -7,7 +7,7 @@ import importlib.util
 import math
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -15,6 +15,8 @@ from models import model_dict
 
 DATASETS = ("cifar100", "cifar10", "synthetic", "folder")
 SIDES = (32, 64)
+# flags that don't affect the result; of --t-features only whether features are stored, which `settings` records
+HARMLESS = {"gpu_id", "data_root", "data_url", "experiments", "evaluate", "t_path", "t_arch", "s_path", "export"}
 
 
 class UserError(Exception):
@@ -221,3 +223,20 @@ def data_name(args: argparse.Namespace) -> str:
     name = f"_val{args.val_fraction}" if args.val_fraction is not None else ""
     name += f"_few{args.few_shot}" if args.few_shot < 1 else ""
     return name + (f"_noise{args.label_noise}" if args.label_noise else "")
+
+
+def settings(args: argparse.Namespace, identity: Mapping[str, Any]) -> dict[str, Any]:
+    """What the result of a run depends on: its flags, and the `identity` of its data and teacher."""
+    found = {name: value for name, value in vars(args).items() if name not in HARMLESS}
+    if "t_features" in found:  # memory and disk give the same bits, compute gives others
+        found["t_features"] = None if args.t_features == "compute" else "stored"
+    return found | identity
+
+
+def warn_of_schedule(args: argparse.Namespace) -> None:
+    """Warns if a learning rate never falls."""
+    for prefix in ("", "t_"):
+        epochs, milestones = getattr(args, f"{prefix}epoch", 1), getattr(args, f"{prefix}milestones", [])
+        if milestones and 1 < epochs <= milestones[0]:
+            flag = f"--{prefix}milestones".replace("_", "-")
+            warn(f"{flag} {' '.join(map(str, milestones))}: the learning rate never falls within {epochs} epochs")

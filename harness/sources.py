@@ -1,46 +1,59 @@
-"""Where the images come from: archives that torchvision knows, or class folders of image files. All is checked.
+"""Where images come from: the archives that torchvision knows, class folders, or generated shapes.
 
-One process at a time reads a data root, so that of several first starts one downloads, unpacks and decodes, and the
-others find it done. What is written there appears whole or not at all.
+A data set is read once, into one `Source`. One process at a time reads a data root, so of several that start together
+one downloads, unpacks and decodes, and the others find the result.
 """
 
+import argparse
 import contextlib
-import fcntl
-import gzip
 import hashlib
-import json
 import os
-import shutil
-import urllib.request
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision import datasets as tv
 from torchvision.transforms import functional as tvf
 from tqdm import tqdm
 
-from harness.flags import silent
+from harness.flags import DATASETS, UserError, silent, warn
+from harness.record import alone
 
 SUFFIXES = tv.folder.IMG_EXTENSIONS
+SIDE = 32  # of the named data sets
 
-# CIFAR-100's number of images and what `in_hash_order` says of their content
+# mean and standard deviation of each channel, in [0, 1]
+STATISTICS = {
+    "cifar100": ((0.5071, 0.4866, 0.4409), (0.2675, 0.2565, 0.2761)),
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "synthetic": ((0.1863,) * 3, (0.2018,) * 3),
+}
+CLASSES = {
+    "cifar100": (
+        "apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can "
+        "castle caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin "
+        "elephant flatfish forest fox girl hamster house kangaroo keyboard lamp lawn_mower leopard lion lizard "
+        "lobster man maple_tree motorcycle mountain mouse mushroom oak_tree orange orchid otter palm_tree pear "
+        "pickup_truck pine_tree plain plate poppy porcupine possum rabbit raccoon ray road rocket rose sea seal shark "
+        "shrew skunk skyscraper snail snake spider squirrel streetcar sunflower sweet_pepper table tank telephone "
+        "television tiger tractor train trout tulip turtle wardrobe whale willow_tree wolf woman worm"
+    ).split(),
+    "cifar10": "airplane automobile bird cat deer dog frog horse ship truck".split(),
+    "synthetic": [str(label) for label in range(100)],
+}
+# the number of CIFAR-100's images, and what `in_hash_order` says of their content
 CIFAR100 = {
     "train": (50_000, "640c97a4012a8aebfcaf57fd82a33dd43b37d2e397a02cb9b0a3d89e6d6d936d"),
     "test": (10_000, "a6a97df7b61bc7420bc44268696e8963d33129bc050978f2a63d8fe3420989fa"),
 }
-FASHION_MNIST = {"train": 60_000, "test": 10_000}
-
-
-class DataError(ValueError):
-    """The data set can't be had as asked for; the message says what to do."""
 
 
 class Split(NamedTuple):
@@ -48,129 +61,192 @@ class Split(NamedTuple):
     labels: Tensor  # (N,) int64
 
 
-# --------------------------------------------------------------------------------------------- archives and downloads
+@dataclass(frozen=True)
+class Source:
+    """A data set, before the flags choose among its images."""
+
+    name: str
+    train: Split
+    test: Split
+    classes: list[str]  # their names, in the order of the labels
+    mean: tuple[float, ...]  # of each channel, in [0, 1]
+    std: tuple[float, ...]
+
+    @property
+    def side(self) -> int:
+        """Height and width of the images, in pixels."""
+        return self.train.pixels.shape[1]
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What a checkpoint says of its data: dataset, classes (their number), side, mean, std."""
+        statistics = {"mean": list(self.mean), "std": list(self.std)}
+        return {"dataset": self.name, "classes": len(self.classes), "side": self.side, **statistics}
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a run records of its data: dataset, side and, as `data`, the fingerprint."""
+        return {"dataset": self.name, "side": self.side, "data": self.fingerprint}
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A short name for exactly these pixels, labels and class names: 16 hexadecimal digits."""
+        digest = hashlib.sha256("\0".join(self.classes).encode())
+        for tensor in (*self.train, *self.test):
+            digest.update(str(tuple(tensor.shape)).encode())
+            digest.update(tensor.contiguous().numpy())
+        return digest.hexdigest()[:16]
 
 
-def read_archive(name: str, root: Path, url: str | None) -> dict[str, Split]:
-    """The splits of `name` (cifar100, cifar10, fashion_mnist), downloaded from `url` or its own server if need be.
+def read(
+    name: str,
+    root: str | Path,
+    side: int | None = None,
+    url: str | None = None,
+    sizes: tuple[int | None, int | None] = (None, None),
+) -> Source:
+    """The data set `name`, from the folder `root` or, for an archive that is not there, from `url` or its own server.
+
+    Args:
+        side: of the images of class folders, in pixels; 32 by default.
+        sizes: how many training and test images to generate of `synthetic`; None for all.
 
     Raises:
-        DataError: the files are damaged, or missing and could not be downloaded.
+        UserError: files are missing or damaged and could not be downloaded; `side` is not for this data set.
     """
-    fashion = name == "fashion_mnist"
-    place = root / "FashionMNIST" / "raw" if fashion else root
-    dataset = {"cifar100": tv.CIFAR100, "cifar10": tv.CIFAR10, "fashion_mnist": tv.FashionMNIST}[name]
+    root = Path(root)
+    if name == "folder":
+        with alone(root / ".lock", f"data: waiting for another process that reads {root}"):
+            return _own_folders(root, side or SIDE)
+    if side not in (None, SIDE):
+        raise UserError(f"--side {side} is for --dataset folder; the images of {name} have {SIDE} × {SIDE} pixels")
+    if name == "synthetic":
+        print("data: synthetic shapes; accuracy says nothing about photographs", flush=True)
+        splits = [synthetic(train, size) for train, size in zip((True, False), sizes, strict=True)]
+    else:
+        with alone(root / ".lock", f"data: waiting for another process that reads {root}"):
+            splits = _cifar100(root, url) if name == "cifar100" else _archive(name, root, url)
+    return Source(name, *splits, CLASSES[name], *STATISTICS[name])
+
+
+def read_for(args: argparse.Namespace, about: Mapping[str, Any], file: Path | None = None) -> Source:
+    """The data set of the flags or, where they name none, of a checkpoint that says `about` itself what it is.
+
+    Warns if the flags name another data set than the checkpoint `file`.
+
+    Raises:
+        UserError: as `read` says; the checkpoint has another number of classes, or a data set that is unknown here.
+    """
+    trained_on = about.get("dataset", args.dataset or "cifar100")
+    name = args.dataset or trained_on
+    if name not in DATASETS:
+        raise UserError(f"{file}: it was trained on {name:.80}, a data set unknown here; give --dataset")
+    if name != trained_on:
+        warn(f"{file} says that it was trained on {trained_on:.80}, not on {name}; without --dataset that is taken")
+    elif not args.dataset and name != "cifar100":
+        print(f"data: {name}, because {file} was trained on it", flush=True)
+    side = args.side
+    if name == trained_on == "folder" and side is None:
+        side = about.get("side")
+    source = read(name, args.data_root, side, args.data_url, (args.train_size, args.test_size))
+    classes = about.get("classes", len(source.classes))
+    if classes != len(source.classes):
+        found = f"{name} has {len(source.classes)}"
+        raise UserError(f"{file}: it was trained on {trained_on:.80}, {classes} classes; {found}")
+    return source
+
+
+# ------------------------------------------------------------------------------------------------------------ archives
+
+
+def _archive(name: str, root: Path, url: str | None) -> list[Split]:
+    """Training and test split of an archive, which torchvision downloads if need be, checks and unpacks.
+
+    Raises:
+        UserError: the archive is damaged, or missing and could not be downloaded.
+    """
+    dataset = {"cifar100": tv.CIFAR100, "cifar10": tv.CIFAR10}[name]
+    mirrored = type(dataset.__name__, (dataset,), {"url": url or dataset.url})
     try:
-        splits = _fashion_mnist(place, root, url) if fashion else _cifar(dataset, root, url)
-    except DataError:
-        raise
-    except Exception as error:  # urllib, tarfile, gzip, pickle and torchvision each raise their own
-        files = "its four files, unpacked or as .gz," if fashion else dataset.filename
+        halves = [mirrored(str(root), train=train, download=True) for train in (True, False)]
+    except Exception as error:  # urllib, tarfile, pickle and torchvision each raise their own
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(
-            f"{name} could not be read from or downloaded to {root} ({reason}); put {files} into {place}, "
-            "or name a mirror with --data-url"
+        raise UserError(
+            f"{name} could not be read from or downloaded to {root} ({reason}); put {dataset.filename} into {root}, "
+            "or name a mirror of this file with --data-url"
         ) from error
-    return {
-        half: Split(torch.as_tensor(data.data), torch.as_tensor(data.targets))
-        for half, data in zip(("train", "test"), splits, strict=True)
-    }
+    return [Split(torch.from_numpy(half.data), torch.tensor(half.targets)) for half in halves]
 
 
-def _cifar(dataset: type, root: Path, url: str | None) -> list[tv.CIFAR10]:
-    with contextlib.suppress(RuntimeError):  # it is not unpacked there, or not whole: torchvision checks each file
-        return [dataset(str(root), train=train) for train in (True, False)]
-    archive = root / dataset.filename
-    _fetch_if_missing(archive, dataset.tgz_md5, dataset.url if url is None else url)
-    return [dataset(str(root), train=train, download=True) for train in (True, False)]  # unpacks the archive
+def _cifar100(root: Path, url: str | None) -> list[Split]:
+    """CIFAR-100 from class folders below `root`, if there are any, else from the archive; kept in root/cifar100.npz.
 
+    Either way these are the same images in the same order, and their content is checked.
 
-def _fashion_mnist(raw: Path, root: Path, url: str | None) -> list[tv.FashionMNIST]:
-    """Unpacked files are taken as they are, whoever put them there: their numbers of images and labels must agree."""
-    mirror = (tv.FashionMNIST.mirrors[0] if url is None else url).rstrip("/")
-    for name, md5 in tv.FashionMNIST.resources:
-        archive, file = raw / name, raw / name.removesuffix(".gz")
-        if not file.exists():
-            raw.mkdir(parents=True, exist_ok=True)
-            _fetch_if_missing(archive, md5, f"{mirror}/{name}")
-            with gzip.open(archive) as packed, _whole(file) as unpacked:
-                shutil.copyfileobj(packed, unpacked)
-    splits = [tv.FashionMNIST(str(root), train=train) for train in (True, False)]
-    for data, (half, count) in zip(splits, FASHION_MNIST.items(), strict=True):
-        images, labels = tuple(data.data.shape), tuple(data.targets.shape)
-        if images != (count, 28, 28) or labels != (count,) or data.targets.max() > 9:
-            raise DataError(
-                f"{raw}: the {half} files hold {images[0]:,} images of {images[1]} × {images[2]} and {labels[0]:,} "
-                f"labels up to {data.targets.max()}; Fashion-MNIST has {count:,} of 28 × 28 there, with labels up to "
-                "9: delete them to have them downloaded, or put good ones there"
+    Raises:
+        UserError: an image is missing, damaged, changed, in the wrong class, or one too many.
+    """
+    kept = root / "cifar100.npz"
+    if splits := _load(kept, "checked"):
+        return splits
+    folders = [root / name for name in ("cifar100", "CIFAR-100-dataset", ".")]
+    folder = next((folder for folder in folders if all((folder / half).is_dir() for half in CIFAR100)), None)
+    found = _archive("cifar100", root, url) if folder is None else [_cifar100_folders(folder / x, x) for x in CIFAR100]
+    splits = []
+    for split, (half, (_, expected)) in zip(found, CIFAR100.items(), strict=True):
+        order, content = in_hash_order(split.pixels.numpy(), split.labels.numpy())
+        if content != expected:
+            raise UserError(
+                f"{folder or root}: the {half} images are not CIFAR-100's, or some lie in the wrong class; put a good "
+                "copy there"
             )
-        data.data = F.pad(data.data, (2, 2, 2, 2)).unsqueeze(3).expand(-1, -1, -1, 3).contiguous()  # grey 28 × 28
+        splits.append(Split(split.pixels[order], split.labels[order]))
+    _keep(kept, "checked", splits)
     return splits
 
 
-def _fetch_if_missing(archive: Path, md5: str, url: str) -> None:
-    """Makes sure that `archive` is there and has this md5 sum.
+def in_hash_order(pixels: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, str]:
+    """An order of images that does not depend on where they come from, and a digest of their content.
 
-    Raises:
-        DataError: the archive, or what the server gave, is another or damaged.
+    Args:
+        pixels: (N, 32, 32, 3) uint8.
+        labels: (N,) below 256.
+
+    Returns:
+        The order (N,) by the SHA-256 of an image's bytes, ties by label. The SHA-256 over the sorted SHA-256 digests of
+        each image's bytes and label.
     """
-    if archive.exists():
-        if (found := _md5(archive)) != md5:
-            raise DataError(
-                f"{archive} is damaged or not all of it: its md5 is {found}, not {md5}; delete it to have it "
-                f"downloaded, or put {archive.name} into {archive.parent} again"
-            )
-        return
-    print(f"data: downloading {url}", flush=True)
-    request = urllib.request.Request(url, headers={"User-Agent": "python"})
-    with _whole(archive) as file, urllib.request.urlopen(request, timeout=60) as answer:
-        size = int(answer.headers.get("Content-Length") or 0) or None
-        with tqdm(total=size, desc=archive.name, unit="B", unit_scale=True, leave=False, disable=silent()) as bar:
-            while block := answer.read(1 << 16):
-                bar.update(file.write(block))
-        file.flush()
-        if (found := _md5(Path(file.name))) != md5:
-            raise DataError(f"{url} gave something else than {archive.name}: its md5 is {found}, not {md5}")
+    keys, contents = [], []
+    for image, label in zip(np.ascontiguousarray(pixels), labels.tolist(), strict=True):
+        sha256 = hashlib.sha256(image)
+        keys.append((sha256.digest(), label))
+        sha256.update(bytes([label]))
+        contents.append(sha256.digest())
+    order = sorted(range(len(keys)), key=keys.__getitem__)
+    return np.array(order), hashlib.sha256(b"".join(sorted(contents))).hexdigest()
 
 
-def _md5(path: Path) -> str:
-    digest = hashlib.md5(usedforsecurity=False)
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+def _load(kept: Path, name: str) -> list[Split] | None:
+    """The splits that `_keep` wrote under this name; None if there are none, or the file is damaged."""
+    with contextlib.suppress(Exception), np.load(kept) as saved:  # its checksums are compared
+        if str(saved["name"]) == name:
+            return [Split(*(torch.from_numpy(saved[f"{half}_{x}"]) for x in Split._fields)) for half in CIFAR100]
+    return None
 
 
-@contextlib.contextmanager
-def _whole(path: Path) -> Iterator:
-    """A file to write to, which becomes `path` at the end, or vanishes if anything goes wrong."""
-    part = path.with_name(f".{path.name}.part")
+def _keep(kept: Path, name: str, splits: list[Split]) -> None:
+    """Keeps decoded splits for the next start, if the folder can be written to."""
+    arrays = {f"{h}_{x}": getattr(s, x).numpy() for h, s in zip(CIFAR100, splits, strict=True) for x in Split._fields}
+    part = kept.with_name(f".{kept.stem}.part.npz")
     try:
-        with open(part, "wb") as file:
-            yield file
-        os.replace(part, path)
-    finally:
         with contextlib.suppress(OSError):
-            part.unlink()
+            np.savez(part, name=np.array(name), **arrays)
+            os.replace(part, kept)
+    finally:
+        part.unlink(missing_ok=True)
 
 
-@contextlib.contextmanager
-def alone(root: Path) -> Iterator[None]:
-    """Around the reading of a data root: other processes wait, for it may have to be downloaded or decoded first."""
-    with contextlib.ExitStack() as stack:
-        with contextlib.suppress(OSError):  # nothing can be written there, or the file system has no locks
-            root.mkdir(parents=True, exist_ok=True)
-            lock = os.open(root / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
-            stack.callback(os.close, lock)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                print(f"data: waiting for another process that reads {root}", flush=True)
-                fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
-# ------------------------------------------------------------------------------------------------------ class folders
+# ------------------------------------------------------------------------------------------------------- class folders
 
 
 def class_files(folder: Path) -> dict[str, list[Path]]:
@@ -186,18 +262,87 @@ def class_files(folder: Path) -> dict[str, list[Path]]:
     }
 
 
-def read_images(paths: list[Path], side: int, read: Callable[[Path, int], np.ndarray], what: str) -> np.ndarray:
-    """What `read(path, side)` makes of each image: (N, side, side, 3) uint8. In parallel, with a progress bar.
+def _cifar100_folders(folder: Path, half: str) -> Split:
+    """Pixels and labels of `folder`/CLASS/*.png."""
+    count, _ = CIFAR100[half]
+    classes = class_files(folder)
+    uneven = [name for name, files in classes.items() if len(files) != count // 100]
+    if len(classes) != 100 or uneven:
+        what = f"{len(classes)} classes" if len(classes) != 100 else f"{len(classes[uneven[0]])} images of {uneven[0]}"
+        raise UserError(
+            f"{folder} holds {what}; CIFAR-100 has 100 classes of {count // 100} images each there "
+            "(for your own images: --dataset folder)"
+        )
+    pixels = read_images([file for files in classes.values() for file in files], 32, _as_it_is, str(folder))
+    return Split(torch.from_numpy(pixels), torch.arange(100).repeat_interleave(count // 100))
+
+
+def _as_it_is(path: Path, side: int) -> np.ndarray:
+    with Image.open(path) as image:
+        pixels = np.asarray(image.convert("RGB"))
+    if pixels.shape != (side, side, 3):
+        raise UserError(f"{path} has {pixels.shape[1]} × {pixels.shape[0]} pixels; CIFAR-100's have 32 × 32")
+    return pixels
+
+
+def _own_folders(root: Path, side: int) -> Source:
+    """The images in root/{train, test or val}/CLASS/ as squares, kept in the root until a file changes.
 
     Raises:
-        DataError: one or more can't be read; names them.
+        UserError: a split is missing, a class has no image, or the splits have other classes.
+    """
+    test = "test" if (root / "test").is_dir() or not (root / "val").is_dir() else "val"
+    layout = f"--data-root needs train/CLASS/ and test/CLASS/ (or val/CLASS/) with images ({' '.join(SUFFIXES)})"
+    found = []
+    for folder in (root / "train", root / test):
+        if not folder.is_dir():
+            raise UserError(f"{folder}: no such folder; {layout}")
+        found.append(class_files(folder))
+        if empty := [name for name, files in found[-1].items() if not files]:
+            raise UserError(f"{folder / empty[0]} holds no image; {layout}")
+    if differing := sorted(set(found[0]) ^ set(found[1])):
+        where, other = ("train", test) if differing[0] in found[0] else (test, "train")
+        more = f" (and {len(differing) - 1} more)" if len(differing) > 1 else ""
+        raise UserError(
+            f"class {differing[0]} is in {root / where} but not in {root / other}{more}: both need the same classes"
+        )
+    if len(found[0]) < 2:
+        raise UserError(f"{root / 'train'} has {len(found[0])} class folders, needs at least 2; {layout}")
+
+    halves = [[file for files in classes.values() for file in files] for classes in found]
+    kept, name = root / f"class_folders_{side}.npz", _digest_of(root, [file for files in halves for file in files])
+    splits = _load(kept, name)
+    if splits is None:
+        splits = []
+        for half, files, classes in zip(("train", test), halves, found, strict=True):
+            counts = torch.tensor([len(of_class) for of_class in classes.values()])
+            pixels = torch.from_numpy(read_images(files, side, square, half))
+            splits.append(Split(pixels, torch.arange(len(classes)).repeat_interleave(counts)))
+        _keep(kept, name, splits)
+    return Source("folder", *splits, list(found[0]), *statistics(splits[0].pixels))
+
+
+def _digest_of(root: Path, files: list[Path]) -> str:
+    """A digest of the paths below the root and the bytes of all files: reading them is fast, decoding them is not."""
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(f"{file.relative_to(root)}\0".encode(errors="surrogateescape"))
+        digest.update(hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def read_images(paths: list[Path], side: int, read: Callable[[Path, int], np.ndarray], what: str) -> np.ndarray:
+    """`read(path, side)` of each image: (N, side, side, 3) uint8. In parallel, with a progress bar.
+
+    Raises:
+        UserError: one or more can't be read; names them.
     """
     pixels = np.empty((len(paths), side, side, 3), np.uint8)
 
     def read_one(i: int) -> str | None:
         try:
             pixels[i] = read(paths[i], side)
-        except DataError:
+        except UserError:
             raise
         except Exception as error:  # Pillow raises many kinds for damaged files
             return f"{paths[i]} ({' '.join(str(error).split()) or type(error).__name__})"
@@ -206,7 +351,7 @@ def read_images(paths: list[Path], side: int, read: Callable[[Path, int], np.nda
     pool = ThreadPoolExecutor()  # Pillow decodes and resizes outside Python's lock
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # odd metadata; whatever matters raises
+            warnings.simplefilter("ignore")  # they are about odd metadata
             done = pool.map(read_one, range(len(paths)))
             bar = tqdm(done, f"reading {what}", len(paths), unit=" images", leave=False, disable=silent())
             bad = [fault for fault in bar if fault]
@@ -214,12 +359,12 @@ def read_images(paths: list[Path], side: int, read: Callable[[Path, int], np.nda
         pool.shutdown(cancel_futures=True)  # Ctrl-C does not wait for the rest
     if bad:
         more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
-        raise DataError(f"{', '.join(bad[:3])}{more}: cannot be read as an image; fetch it again, or remove it")
+        raise UserError(f"{', '.join(bad[:3])}{more}: cannot be read as an image; fetch it again, or remove it")
     return pixels
 
 
 def square(path: Path, side: int) -> np.ndarray:
-    """Any image as (side, side, 3) uint8: its shorter side resized to `side`, then the centre."""
+    """Any image as (side, side, 3) uint8: resizes its shorter side to `side`, then crops the centre."""
     with Image.open(path) as image:
         picture = as_rgb(image)
     return np.asarray(tvf.center_crop(tvf.resize(picture, side), side))
@@ -229,7 +374,7 @@ def as_rgb(image: Image.Image) -> Image.Image:
     """An image of any kind in RGB, as it looks on a white page: turned as its EXIF data says, transparent over white.
 
     Raises:
-        ValueError: its numbers have no known range, or its colours no known meaning.
+        ValueError: the range of its numbers is unknown.
     """
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip instead of scaling
@@ -245,73 +390,8 @@ def as_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-class Folders(NamedTuple):
-    """Somebody's class folders: what lies there."""
-
-    root: Path
-    classes: list[str]
-    files: dict[str, list[Path]]  # by split
-    labels: dict[str, list[int]]
-
-
-def own_folders(root: Path) -> Folders:
-    """What lies in root/{train, test or val}/CLASS/.
-
-    Raises:
-        DataError: a split is missing, a class has no image, or the splits have other classes.
-    """
-    layout = f"--data-root is to hold train/CLASS/ and test/CLASS/ (or val/CLASS/) with images ({' '.join(SUFFIXES)})"
-    test = root / ("test" if (root / "test").is_dir() or not (root / "val").is_dir() else "val")
-    for folder in (root / "train", test):
-        if not folder.is_dir():
-            raise DataError(f"{folder}: no such folder; {layout}")
-    found = {half: class_files(folder) for half, folder in (("train", root / "train"), ("test", test))}
-    if differing := sorted(set(found["train"]) ^ set(found["test"])):
-        where, other = (root / "train", test) if differing[0] in found["train"] else (test, root / "train")
-        more = f" (so are {len(differing) - 1} more)" if len(differing) > 1 else ""
-        raise DataError(f"class {differing[0]} is in {where} but not in {other}{more}: both need the same classes")
-    for folder, classes in ((root / "train", found["train"]), (test, found["test"])):
-        if empty := [name for name, files in classes.items() if not files]:
-            raise DataError(f"{folder / empty[0]} holds no image; {layout}")
-    if len(found["train"]) < 2:
-        raise DataError(f"{root / 'train'} has {len(found['train'])} class folders, needs at least 2; {layout}")
-    files, labels = {}, {}
-    for half, classes in found.items():
-        files[half] = [file for of_class in classes.values() for file in of_class]
-        labels[half] = [label for label, of_class in enumerate(classes.values()) for _ in of_class]
-    return Folders(root, list(found["train"]), files, labels)
-
-
-def listing(folders: Folders, times: bool = False) -> str:
-    """A name for what lies there: a digest of the paths below the root and the sizes of all files.
-
-    With `times` of when they were changed, too, which a copy of the folders need not keep.
-    """
-    lines = []
-    for files in folders.files.values():
-        for file in files:
-            status = file.stat()
-            lines.append([str(file.relative_to(folders.root)), status.st_size, status.st_mtime_ns if times else 0])
-    return hashlib.sha256(json.dumps(lines).encode()).hexdigest()[:16]
-
-
-def read_own_folders(folders: Folders, side: int) -> dict[str, Split]:
-    """The images of both splits as squares, kept as one file in the root until the folders change."""
-    kept, name = folders.root / f"class_folders_{side}.npz", listing(folders, times=True)
-    pixels = {}
-    with contextlib.suppress(Exception), np.load(kept) as saved:  # it has checksums: a damaged one is made again
-        if str(saved["listing"]) == name:
-            pixels = {half: saved[half] for half in folders.files}
-    if not pixels:
-        for half, files in folders.files.items():
-            pixels[half] = read_images(files, side, square, str(files[0].relative_to(folders.root).parts[0]))
-        with contextlib.suppress(OSError), _whole(kept) as file:  # a root that can't be written to is read each time
-            np.savez(file, listing=np.array(name), **pixels)
-    return {half: Split(torch.from_numpy(pixels[half]), torch.tensor(folders.labels[half])) for half in folders.files}
-
-
 def statistics(pixels: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each channel of (N, side, side, 3) uint8, in [0, 1]; of a constant channel 1."""
+    """Mean and standard deviation of each channel of (N, side, side, 3) uint8, in [0, 1]; 1 for a constant channel."""
     counts = torch.zeros(3, 256, dtype=torch.float64)
     for part in pixels.split(1000):
         for channel, values in enumerate(part.flatten(0, 2).unbind(1)):
@@ -323,87 +403,49 @@ def statistics(pixels: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
     return tuple(mean.tolist()), tuple(torch.where(deviation > 1e-6, deviation, 1.0).tolist())
 
 
-# --------------------------------------------------------------------------------------------------------- CIFAR-100
+# ---------------------------------------------------------------------------------------------------- generated shapes
 
 
-def read_cifar100(root: Path, url: str | None = None) -> dict[str, Split]:
-    """CIFAR-100 from class folders below `root` if there are any, else from torchvision's archive, which it downloads.
+def synthetic(train: bool, size: int | None = None) -> Split:
+    """A stand-in for CIFAR-100 that needs no file: accuracy on it says nothing about photographs.
 
-    Either way these are the same images in the same order, and their content is checked.
-
-    Raises:
-        DataError: an image is missing, damaged, changed, in the wrong class or one too many.
-    """
-    folders = [root / name for name in ("cifar100", "CIFAR-100-dataset", ".")]
-    folder = next((folder for folder in folders if all((folder / half).is_dir() for half in CIFAR100)), None)
-    archive = read_archive("cifar100", root, url) if folder is None else None
-    splits = {}
-    for half in CIFAR100:
-        if folder is None:
-            pixels, labels = (part.numpy() for part in archive[half])
-            order, content = in_hash_order(pixels, labels)
-            if content != CIFAR100[half][1]:
-                raise DataError(f"{root}: the archive's {half} split is not CIFAR-100's; put a good copy there")
-        else:
-            pixels, labels, order = _from_class_folders(folder / half, half, root / f"cifar100_{half}.npy")
-        splits[half] = Split(torch.from_numpy(pixels[order]), torch.from_numpy(labels[order].astype(np.int64)))
-    return splits
-
-
-def in_hash_order(pixels: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, str]:
-    """An order of images that any source of them gives alike, and a name for their content.
-
-    Args:
-        pixels: (N, 32, 32, 3) uint8.
-        labels: (N,) below 256.
+    100 classes = 5 shapes × 5 hues × 4 textures, at random places, sizes and brightness on a noisy, dark ground: simple
+    enough to learn in the few hundred steps of the demo.
 
     Returns:
-        The order by the SHA-256 of an image's bytes, ties by label: (N,). The SHA-256 over the sorted SHA-256 digests
-        of each image's bytes and label.
+        The first `size` of 10,000 (training) or 2,000 (test) images, which are always the same.
     """
-    keys, contents = [], []
-    for image, label in zip(np.ascontiguousarray(pixels), labels.tolist(), strict=True):
-        sha256 = hashlib.sha256(image)
-        keys.append((sha256.digest(), label))
-        sha256.update(bytes([label]))
-        contents.append(sha256.digest())
-    order = sorted(range(len(keys)), key=keys.__getitem__)
-    return np.array(order), hashlib.sha256(b"".join(sorted(contents))).hexdigest()
+    count, rng = (10_000, np.random.default_rng(1)) if train else (2_000, np.random.default_rng(2))
+    labels = rng.permuted(np.tile(np.arange(100), (count // 100, 1)), axis=1).ravel()[:size]  # every 100 hold each once
+    # radius, place of the centre, phase of the texture, brightness, grey of the ground, shift of the hue
+    random = rng.random((count, 7), np.float32)[:size].T[..., None, None]
+    radius, wave = 9 + 4 * random[0], 2 * np.pi * random[3]
+    y, x = np.mgrid[:SIDE, :SIDE].astype(np.float32)
+    v, u = (
+        (axis - radius - place * (SIDE - 1 - 2 * radius)) / radius for axis, place in ((y, random[1]), (x, random[2]))
+    )
 
+    shape, hue, texture = labels % 5, labels // 5 % 5, labels // 25
+    distance, box = np.hypot(u, v), np.maximum(np.abs(u), np.abs(v))
+    outlines = [
+        distance < 1,  # disc
+        box < 0.85,  # square
+        (v < 0.8) & (v > 2 * np.abs(u) - 1),  # triangle
+        (distance < 1) & (distance > 0.55),  # ring
+        (box < 1) & (np.minimum(np.abs(u), np.abs(v)) < 0.35),  # cross
+    ]
+    inside = np.choose(shape[:, None, None], outlines)
+    textures = [
+        np.ones_like(u),
+        np.sin(1.6 * y + wave),
+        np.sin(1.6 * x + wave),
+        np.sin(1.6 * x + wave) * np.sin(1.6 * y),
+    ]
+    shade = 1 - 0.5 * (1 - np.choose(texture[:, None, None], textures))
 
-def _from_class_folders(folder: Path, half: str, kept: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Pixels, labels and hash order of `folder`/CLASS/*.png, kept as the one file `kept` for the next time.
-
-    The file is checked like the images, so a damaged or half-written one is only made again.
-    """
-    count, expected = CIFAR100[half]
-    with contextlib.suppress(OSError, ValueError):
-        rows = np.load(kept)
-        pixels, labels = rows[:, :-1].reshape(-1, 32, 32, 3), rows[:, -1]
-        order, content = in_hash_order(pixels, labels)
-        if content == expected:
-            return pixels, labels, order
-    classes = class_files(folder)
-    uneven = [name for name, files in classes.items() if len(files) != count // 100]
-    if len(classes) != 100 or uneven:
-        what = f"{len(classes)} classes" if len(classes) != 100 else f"{len(classes[uneven[0]])} images of {uneven[0]}"
-        raise DataError(
-            f"{folder} holds {what}; CIFAR-100 has 100 classes of {count // 100} images each there "
-            "(your own images: --dataset folder)"
-        )
-    pixels = read_images([file for files in classes.values() for file in files], 32, _of_cifar100, str(folder))
-    labels = np.arange(100, dtype=np.uint8).repeat(count // 100)
-    order, content = in_hash_order(pixels, labels)
-    if content != expected:
-        raise DataError(f"{folder}: an image is not CIFAR-100's or lies in the wrong class; fetch the folders again")
-    with contextlib.suppress(OSError), _whole(kept) as file:  # a root that can't be written to is read again next time
-        np.save(file, np.concatenate([pixels.reshape(count, -1), labels[:, None]], 1))
-    return pixels, labels, order
-
-
-def _of_cifar100(path: Path, side: int) -> np.ndarray:
-    with Image.open(path) as image:
-        pixels = np.asarray(image.convert("RGB"))
-    if pixels.shape != (side, side, 3):
-        raise DataError(f"{path} has {pixels.shape[1]} × {pixels.shape[0]} pixels; CIFAR-100's have 32 × 32")
-    return pixels
+    angle = 2 * np.pi * ((hue + 0.4 * random[6, :, 0, 0])[:, None] / 5 + np.arange(3) / 3)
+    colour = (0.5 + 0.45 * np.cos(angle))[:, None, None] * (1 + 0.2 * random[4, ..., None])
+    ground = 0.05 + 0.15 * random[5, ..., None]
+    picture = np.where(inside[..., None], shade[..., None] * colour, ground).astype(np.float32)
+    picture += 0.04 * rng.standard_normal(picture.shape, np.float32)  # last: the first images do not depend on `size`
+    return Split(torch.from_numpy((picture.clip(0, 1) * 255).astype(np.uint8)), torch.from_numpy(labels))
