@@ -1,20 +1,20 @@
-"""Read a backbone from any known checkpoint: this repository's, the published SSKD's, those of other repositories.
+"""Reads a network from a checkpoint of this repository, of the published SSKD, or of other repositories.
 
-A checkpoint written here says of itself what it is: beside its weights lies a dict "about" with the network (arch), the
-data set, the number of classes, the side of the images, the mean and the deviation that they were normalised by, and
-how many images its accuracy was tested on. Foreign ones say little, so names of files and folders are read, too.
+A checkpoint written here holds a dict "about" beside its weights: arch, dataset, classes (their number), side, mean and
+std (of the images it was trained on) and tested (how many images its accuracy was measured on). Checkpoints from
+elsewhere rarely say what they are, so the names of the file and its folder count, too.
 """
 
 import argparse
+import contextlib
 import io
 import math
 import os
 import pickle
 import re
+import textwrap
 import warnings
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,316 +22,193 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-import models  # for model_dict, which does not exist yet while this module is imported
+from harness.flags import UserError
+from models import model_dict
 
 _SUFFIXES = ("", ".pth", ".pt", ".tar", ".ckpt", ".bin")
-_KEYS = ("state_dict", "model_state_dict", "model", "net")  # where the weights lie
-# what a network is kept in: DataParallel, compile, distillers, Lightning, our Wrapper
-_WRAPPERS = ("module", "_orig_mod", "student", "backbone", "model", "net")
-_NOT_NETWORKS = ("last.pth", "ss_head_", "features_")  # what a run keeps beside its networks
-_SHORT = {"res50": "ResNet50", "mv2": "MobileNetV2", "shuv1": "ShuffleV1", "shuv2": "ShuffleV2"}  # mdistiller's
-_FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+_NOT_NETWORKS = ("last.pth", "ss_head_", "features_")  # what a run saves beside its networks
+_KEYS = ("state_dict", "model_state_dict", "model", "net")  # where a checkpoint holds its weights
+# Attributes that hold the network: in DataParallel, torch.compile, distillers, our Wrapper and Lightning.
+_WRAPPERS = {"module", "_orig_mod", "student", "backbone", "model", "net"}
+_SHORT = {"res50": "ResNet50", "mv2": "MobileNetV2", "shuv1": "ShuffleV1", "shuv2": "ShuffleV2"}  # mdistiller's names
+_ABOUT = {"arch": str, "dataset": str, "classes": int, "side": int, "tested": int, "mean": list, "std": list}
 
-
-class CheckpointError(ValueError):
-    """One printable line that names the file and says what to do; what is not printable is escaped.
-
-    The names in a checkpoint are anybody's text: they may hold line ends, terminal codes and lone surrogates.
-    """
-
-    def __init__(self, message: str):
-        super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in message))
+# RepDistiller saves its flags, a Namespace. Others save NumPy scalars, whose function has one name in NumPy 1 and
+# another in NumPy 2.
+_SCALAR = np.float64(0).__reduce__()[0]
+_SAFE = [argparse.Namespace, np.dtype, *{type(np.dtype(code)) for code in "?efd" + np.typecodes["AllInteger"]}]
+_SAFE += [(_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
 
 
 class Checkpoint(NamedTuple):
-    """What a checkpoint file holds."""
+    """The content of a checkpoint file."""
 
     file: Path
-    arch: str
-    about: dict[str, Any]  # of arch, dataset, classes, side, mean, std, tested what it says of itself
-    acc: float | None  # the test accuracy that it reports, in percent (in some repositories a share)
-    state: dict[str, Tensor]  # under the names in the file
+    arch: str  # a key of model_dict
+    about: dict[str, Any]  # what the checkpoint says about itself; empty if it comes from elsewhere
+    acc: float | None  # the test accuracy it reports: in percent, but some repositories save a fraction
+    state: dict[str, Tensor]  # the weights, under the names in the file
 
     def network(self, num_classes: int | None = None) -> nn.Module:
-        """The plain backbone (CPU, float32) with these weights.
+        """The plain network (CPU, float32) with these weights; draws no random number.
 
-        The number of classes is the checkpoint's, if it says so, else 100. Raises CheckpointError where the weights do
-        not fit. Draws no random number, so what is seeded before goes on as if nothing had been loaded.
+        Args:
+            num_classes: the number of classes; by default the checkpoint's, or 100 if it does not say.
+
+        Raises:
+            UserError: the weights don't fit, or are not finite.
         """
         classes = self.about.get("classes", 100) if num_classes is None else num_classes
-        with torch.random.fork_rng(devices=[]):  # the checkpoint replaces the initial values
-            model = models.model_dict[self.arch](num_classes=classes)
-        expected = model.state_dict()
-        counters = {name: torch.tensor(0) for name in expected if name.endswith("num_batches_tracked")}
-        found = _backbone_state(self.file, self.state, expected.keys() - counters)
-        state = counters | found  # old checkpoints lack them
-        if fault := next(_misfits(expected, state), None):
-            hint = _hint(self.arch, expected, found)
-            raise CheckpointError(f"{self.file}: does not fit {self.arch} with {classes} classes: {fault}; {hint}")
-        if fault := next(_bad_values(expected, state), None):
-            raise CheckpointError(f"{self.file}: {fault}")
-        model.load_state_dict(state)
-        return model
+        with torch.random.fork_rng(devices=[]):
+            network = model_dict[self.arch](num_classes=classes)
+        weights = self._unwrapped(first=next(iter(network.state_dict())))
+        if self.arch == "MobileNetV2":  # RepDistiller's classifier is a Sequential
+            weights = {name.replace("classifier.0.", "classifier."): tensor for name, tensor in weights.items()}
+        try:
+            network.load_state_dict(weights)
+        except RuntimeError as error:
+            misfit = textwrap.shorten(str(error).splitlines()[1], 200, placeholder=" …").rstrip(".")
+            raise UserError(
+                f"{self.file}: does not fit {self.arch} with {classes} classes: {misfit}; choose the network and the "
+                f"data set that it was trained with (other repositories may call another network {self.arch})"
+            ) from None
+        for name, tensor in network.state_dict().items():
+            if not tensor.isfinite().all():
+                raise UserError(f"{self.file}: '{name}' is not finite: the training diverged; give another checkpoint")
+        return network
 
-    def exported(self, about: dict[str, Any], file: str) -> bytes:
-        """The network for a file of this name, see `models.exported`.
+    def _unwrapped(self, first: str) -> dict[str, Tensor]:
+        """The weights without the prefix that wrappers gave them, and without what lies beside the network.
 
-        `about` tells of its data set what the checkpoint does not.
+        `first` is the name of the network's first tensor.
         """
-        about = about | self.about
-        onnx = Path(file).suffix == ".onnx"
-        return models.exported(self.network(about["classes"]), about["mean"], about["std"], about["side"], onnx)
+        prefixes = [name.removesuffix(first) for name in self.state if name.endswith(first)]
+        prefixes = [prefix for prefix in prefixes if set(prefix.split(".")) <= _WRAPPERS | {""}]
+        if not prefixes or "" in prefixes:
+            return self.state
+        if len(prefixes) > 1:
+            raise UserError(f"{self.file}: holds several networks, under {' and '.join(prefixes)}; save one of them")
+        (prefix,) = prefixes
+        return {name.removeprefix(prefix): self.state[name] for name in self.state if name.startswith(prefix)}
 
 
 def read(path: str | Path, arch: str | None = None) -> Checkpoint:
-    """The checkpoint at `path`, a file or a run folder; `arch` as in `find_arch`.
+    """Reads the checkpoint at `path`, a file or a run folder; executes no code in it.
 
-    Raises CheckpointError where something is missing, cannot be read or is damaged.
+    The network's name is the one that the checkpoint gives, else `arch`, else the one in the name of the file or
+    folder. Prints a line if two of them differ.
+
+    Raises:
+        UserError: there is no checkpoint, it is damaged or no network, or nothing names its network.
+        OSError: the file can't be read.
     """
     file = find_checkpoint(path)
-    content = _read(file)
-    state = _state_dict(file, content)
-    return Checkpoint(file, find_arch(file, arch, content), _about(content), _reported_acc(content), state)
-
-
-def load(path: str | Path, arch: str | None = None, num_classes: int | None = None) -> nn.Module:
-    """The plain backbone (CPU, float32) with the weights at `path`: `read(path, arch).network(num_classes)`."""
-    return read(path, arch).network(num_classes)
+    content = state = _load(file)
+    while inner := next((state[key] for key in _KEYS if isinstance(state.get(key), dict)), None):
+        state = inner
+    state = {name: value for name, value in state.items() if isinstance(name, str) and isinstance(value, Tensor)}
+    if not state:
+        advice = "save a network's state_dict(), alone or as 'state_dict'"
+        if file.name == "last.pth":
+            advice = "a run resumes from it; give the run's folder"
+        raise UserError(f"{file}: holds no state dict of a network: {advice}")
+    about = content.get("about")
+    about = about if isinstance(about, dict) else {}
+    about = {key: value for key, value in about.items() if isinstance(value, _ABOUT.get(key, object))}
+    arch = _choose_arch(file, about.get("arch", content.get("arch")), arch)
+    return Checkpoint(file, arch, about, _reported_acc(content), state)
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """`path` itself if it is a file; of a folder, the checkpoint with `best` in its name, else the only one.
+    """The checkpoint at `path`: the file itself; in a folder, the one with 'best' in its name, else the only one.
 
-    The folder comes before its `ckpt/`; of several in one place the shortest name is taken, then the first in order.
-    Raises CheckpointError where there is none, or the folder cannot be read.
+    A folder is searched before its `ckpt/`. The shortest name comes first, then the first in alphabetical order.
+
+    Raises:
+        UserError: there is none, or there are several and none is called best.
+        OSError: the folder can't be read.
     """
     path = Path(path)
-    with _reading(path):
-        if path.is_file():
-            return path
-        if not path.is_dir():
-            raise CheckpointError(f"{path}: no such file or folder; give a run folder or a checkpoint file")
-        found = []
-        for folder in filter(Path.is_dir, (path, path / "ckpt")):
-            files = [file for file in folder.iterdir() if file.is_file() and file.suffix in _SUFFIXES]
-            best = [file for file in files if "best" in file.name.lower()]
-            if best:
-                return min(best, key=lambda file: (len(file.name), file.name))
-            found += [file for file in files if file.suffix and not file.name.startswith(_NOT_NETWORKS)]
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise UserError(f"{path}: no such file or folder; give a run folder or a checkpoint file")
+    found = []
+    for folder in filter(Path.is_dir, (path, path / "ckpt")):
+        files = [file for file in folder.iterdir() if file.is_file() and file.suffix in _SUFFIXES]
+        if best := [file for file in files if "best" in file.name.lower()]:
+            return min(best, key=lambda file: (len(file.name), file.name))
+        found += [file for file in files if file.suffix and not file.name.startswith(_NOT_NETWORKS)]
     if len(found) == 1:
         return found[0]
-    many = f", but {len(found)} others" if found else ""
-    raise CheckpointError(
-        f"{path}: found no checkpoint with 'best' in its name, neither there nor in its ckpt/{many}; give the file"
-    )
-
-
-def find_arch(path: str | Path, arch: str | None = None, checkpoint: object = None) -> str:
-    """Name of the architecture at `path`: the checkpoint's own word, else `arch`, else the file's or folder's name.
-
-    Prints a line where two of these differ. `checkpoint` is what the file holds, read from `path` if left out. Raises
-    CheckpointError as `read` does.
-    """
-    file = find_checkpoint(path)
-    checkpoint = _read(file) if checkpoint is None else checkpoint
-    told = _about(checkpoint).get("arch") or (dict.get(checkpoint, "arch") if isinstance(checkpoint, dict) else None)
-    folder = run_folder_of(file).name
-    named = _arch_in_name(file.name) or _arch_in_name(folder, of_teacher=file.stem == "teacher")
-    if isinstance(told, str) and told in models.model_dict:
-        if arch not in (None, told):
-            print(f"{file} says that it is {told}, so it is not taken for {arch}", flush=True)
-        return told
-    names = ", ".join(models.model_dict)
-    if arch in models.model_dict:
-        if named not in (None, arch):
-            print(f"{file} is taken for {arch}, as asked, though its name says {named}", flush=True)
-        return arch
-    if arch is not None:
-        raise CheckpointError(f"{file}: the flag names '{arch:.80}', which is unknown; give one of: {names}")
-    if isinstance(told, str):
-        raise CheckpointError(f"{file}: its key 'arch' names '{told:.80}', which is unknown; give one of: {names}")
-    if named is None:
-        raise CheckpointError(
-            f"{file}: cannot tell the architecture: the checkpoint has no key 'arch', neither the file's nor the "
-            f"folder's name '{folder}' holds it as teacher_wrn_40_2_seed0 does, and no flag tells; "
-            f"give --t-arch (--s-arch beside --s-path, --arch in teacher.py), one of: {names}"
-        )
-    return named
+    others = f", but {len(found)} others" if found else ""
+    raise UserError(f"{path}: found no checkpoint with 'best' in its name, here or in ckpt/{others}; give the file")
 
 
 def run_folder_of(file: Path) -> Path:
-    """The folder of the run that a checkpoint belongs to: its own, or the one that holds its `ckpt/`."""
-    folder = Path(os.path.abspath(file)).parent  # not resolve(): a link's own name is the one that the user chose
+    """The folder of the run that a checkpoint belongs to: its own folder, or the parent of its `ckpt/`."""
+    folder = Path(os.path.abspath(file)).parent  # not resolve(), because the user chose the name of a link
     return folder.parent if folder.name == "ckpt" else folder
 
 
-def _arch_in_name(name: str, of_teacher: bool = False) -> str | None:
-    """The architecture in the name of a folder or file.
+def _load(file: Path) -> dict:
+    """The content of a file that torch.save wrote; empty if it is no dict."""
+    data = file.read_bytes()
+    try:
+        with warnings.catch_warnings(), torch.serialization.safe_globals(_SAFE):
+            warnings.simplefilter("ignore")  # NumPy warns about scalars that an older NumPy saved
+            # torch.load doesn't compare checksums; files from before PyTorch 1.6 are no archives and have none
+            if data.startswith(b"PK") and zipfile.ZipFile(io.BytesIO(data)).testzip() is not None:
+                raise zipfile.BadZipFile
+            content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:  # damaged bytes fail in many ways
+        refused = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
+        reason = "is not a PyTorch checkpoint, or is damaged or truncated; download or save it again"
+        if refused:
+            reason = f"holds a Python object ({refused[1]}), which could run code; save the state dict alone"
+        raise UserError(f"{file}: {reason}") from None
+    return content if isinstance(content, dict) else {}
+
+
+def _choose_arch(file: Path, told: object, arch: str | None) -> str:
+    """The network's name: `told` by the checkpoint, else `arch`, else from the name of the file or folder."""
+    known = ", ".join(model_dict)
+    if arch is not None and arch not in model_dict:
+        raise UserError(f"{file}: the network '{arch}' is unknown; give one of: {known}")
+    folder = run_folder_of(file).name
+    if file.name == "teacher.pth" and "_student_" in folder:  # a student's folder ends with its teacher's
+        folder = re.sub(r".*?_seed\d+_", "", folder, count=1)
+    words = {"the checkpoint says": told, "the flag says": arch}
+    words["its name says"] = _arch_in_name(file.name) or _arch_in_name(folder)
+    words = {says: word for says, word in words.items() if isinstance(word, str) and word in model_dict}
+    if not words:
+        own = f"its key 'arch' says '{told}', which is unknown here" if told else "it has no key 'arch'"
+        raise UserError(
+            f"{file}: can't tell the network: {own}, neither the file nor the folder '{folder}' is named after one as "
+            f"teacher_wrn_40_2_seed0 is, and no flag names it; give --t-arch (--s-arch beside --s-path, --arch in "
+            f"teacher.py), one of: {known}"
+        )
+    chosen = next(iter(words.values()))
+    if len(set(words.values())) > 1:
+        print(f"{file}: {', '.join(f'{says} {word}' for says, word in words.items())}; using {chosen}", flush=True)
+    return chosen
+
+
+def _arch_in_name(name: str) -> str | None:
+    """The network in the name of a file or folder.
 
     For example teacher_vgg13, resnet32x4_vanilla, crd_student_vgg8_weight0.1+…, cifar100_resnet56-f2eff4c8.pt
-    (chenyaofo's), dkd,res32x4,res8x4 (mdistiller's: method, teacher, student). A student's folder ends with its
-    teacher's: `of_teacher` asks for that one.
+    (chenyaofo), and dkd,res32x4,res8x4 (mdistiller's method, teacher and student).
     """
-    if name.startswith("sskd_student_") and of_teacher:
-        teacher = re.search(r"_seed\d+_(.+)", name)
-        return _arch_in_name(teacher[1]) if teacher else None
-    name = re.sub(r"^([a-z]+_student_|teacher_|cifar100?_)", "", name)
-    if "," in name:
-        name = name.rpartition(",")[2]
-        name = _SHORT.get(name, re.sub(r"^res(?=\d)", "resnet", name))
-    fitting = [arch for arch in models.model_dict if re.match(re.escape(arch) + r"(?![A-Za-z0-9])", name)]
+    name = re.sub(r"^([a-z]+_student_|teacher_|cifar100?_)", "", name.rpartition(",")[2])
+    name = _SHORT.get(name, re.sub(r"^res(?=\d)", "resnet", name))
+    fitting = [arch for arch in model_dict if re.match(re.escape(arch) + r"(?![A-Za-z0-9])", name)]
     return max(fitting, key=len, default=None)
 
 
-def _about(checkpoint: object) -> dict[str, Any]:
-    """What a checkpoint says of itself; an entry that can't be meant so is left out."""
-    about = dict.get(checkpoint, "about") if isinstance(checkpoint, dict) else None
-    if not isinstance(about, dict):
-        return {}
-    told = {name: about.get(name) for name in ("arch", "dataset") if isinstance(about.get(name), str)}
-    for name in ("classes", "side", "tested"):
-        if type(about.get(name)) is int and 0 < about[name] < 10**9:
-            told[name] = about[name]
-    for name in ("mean", "std"):
-        values, least = about.get(name), 0 if name == "mean" else 1e-6
-        if isinstance(values, list) and len(values) == 3 and all(type(x) is float and least <= x <= 1 for x in values):
-            told[name] = values
-    return told
-
-
-def _reported_acc(checkpoint: object) -> float | None:
-    if isinstance(checkpoint, dict):
-        for key in ("acc", "best_acc", "accuracy"):
-            try:
-                acc = float(dict.get(checkpoint, key))
-            except (TypeError, ValueError, RuntimeError):  # absent, or anything else than a number
-                continue
-            if math.isfinite(acc):
+def _reported_acc(content: dict) -> float | None:
+    for key in ("acc", "best_acc", "accuracy"):
+        with contextlib.suppress(TypeError, ValueError, RuntimeError):  # absent, or not a single number
+            if math.isfinite(acc := float(content.get(key))):
                 return acc
     return None
-
-
-class _DType:
-    """Stands in for numpy.dtype while a file is read, for NumPy's own trusts what the file tells it of memory."""
-
-    def __init__(self, code: str, *_: object):
-        self.code = code
-
-    def __setstate__(self, state: tuple) -> None:
-        self.order = state[1]
-
-    def number(self, data: bytes) -> float | int | bool:
-        if self.order not in ("<", ">", "|") or not re.fullmatch("[biuf][1248]", self.code):
-            raise ValueError(self.code)
-        return np.frombuffer(data, self.order + self.code).item()
-
-
-_NUMPY = [(_DType, "numpy.dtype")]
-_NUMPY += [(_DType.number, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]  # NumPy 1, NumPy 2
-
-
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}; make it readable, or give another") from None
-
-
-def _read(file: Path) -> object:
-    """What the checkpoint file holds; nothing in it is executed."""
-    with _reading(file):
-        content = file.read_bytes()
-    # RepDistiller keeps its flags beside the weights, a Namespace, which only holds values; others NumPy's scalars.
-    with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace, *_NUMPY]):
-        warnings.simplefilter("ignore")  # they are about kinds of file and tensor that are refused anyway
-        try:
-            if content.startswith(b"PK\x03\x04"):  # from PyTorch 1.6 on; older files have no checksums
-                archive = zipfile.ZipFile(io.BytesIO(content))
-                # torch.load compares no checksum, and leaves memory unset for a member marked as a folder (0x10).
-                if archive.testzip() or any(member.external_attr & 0x10 for member in archive.infolist()):
-                    raise zipfile.BadZipFile
-            return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-        except Exception as error:  # damaged bytes make the reader fail in many ways
-            failure = error
-    reason = "is not a PyTorch checkpoint, or is damaged or truncated; fetch or save it again"
-    refused = re.search(r"GLOBAL (\S+)", str(failure)) if isinstance(failure, pickle.UnpicklingError) else None
-    if refused:
-        reason = f"holds a Python object ({refused[1]:.80}), which is not read for safety; save its state dict alone"
-    raise CheckpointError(f"{file}: {reason}")
-
-
-def _state_dict(file: Path, checkpoint: object) -> dict[str, Tensor]:
-    """The tensors of a checkpoint, whatever they lie in."""
-    if isinstance(checkpoint, dict) and "parts" in checkpoint and file.name == "last.pth":
-        raise CheckpointError(f"{file}: is what its run goes on from, no network; give the run's folder")
-    state, advice = checkpoint, "save a network's state_dict()"
-    for _ in range(4):  # the keys may lie in one another, but a checkpoint may also contain itself
-        if isinstance(state, dict):
-            state = next((state[key] for key in _KEYS if isinstance(dict.get(state, key), dict)), state)
-    if not isinstance(state, dict) or not state or not all(isinstance(key, str) for key in state):
-        raise CheckpointError(f"{file}: is no state dict, and holds none under 'state_dict' or 'model'; {advice}")
-    tensors: dict[str, Tensor] = {}
-    # dict.items and Tensor.detach by their classes: a file may give its objects attributes that hide their methods.
-    for key, value in dict.items(state):
-        dense = type(value) in (Tensor, nn.Parameter) and value.layout == torch.strided and not value.is_nested
-        if not dense or value.is_meta:
-            entry = f"its entry '{key:.80}' ({type(value).__name__})"
-            raise CheckpointError(f"{file}: is no state dict: {entry} is no plain tensor; {advice}")
-        tensors[key] = Tensor.detach(value)
-    return tensors
-
-
-def _backbone_state(file: Path, state: dict[str, Tensor], expected: set[str]) -> dict[str, Tensor]:
-    """The backbone's tensors under its own names: those in the file if they fit, else those in its wrappers."""
-    while True:
-        # RepDistiller's MobileNetV2 has another name for its classifier
-        renamed = {re.sub(r"^classifier\.0\.", "classifier.", name): tensor for name, tensor in state.items()}
-        for plain in (state, renamed):
-            if expected <= plain.keys():
-                return plain
-        inner = _unwrapped(file, state)
-        if not inner:
-            return state
-        state = inner
-
-
-def _unwrapped(file: Path, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What lies in the outermost wrapper; what lies beside it (an SS head, a teacher, a loss) is not the network's."""
-    inner: dict[str, Tensor] = {}
-    for key, tensor in state.items():
-        wrapper, _, name = key.partition(".")
-        if wrapper in _WRAPPERS and name:
-            if name in inner:
-                advice = "save one network alone"
-                raise CheckpointError(f"{file}: holds '{name:.80}' twice, under different prefixes; {advice}")
-            inner[name] = tensor
-    return inner
-
-
-def _misfits(expected: dict[str, Tensor], state: dict[str, Tensor]) -> Iterator[str]:
-    for name, tensor in expected.items():
-        if name not in state:
-            yield f"it lacks '{name}'"
-        elif state[name].shape != tensor.shape:
-            yield f"'{name}' is {tuple(state[name].shape)} in it, not {tuple(tensor.shape)}"
-    yield from (f"'{name:.80}' has no place there" for name in state if name not in expected)
-
-
-def _hint(arch: str, expected: dict[str, Tensor], state: dict[str, Tensor]) -> str:
-    """What to do about weights that do not fit."""
-    same = sum(name in state and state[name].shape == tensor.shape for name, tensor in expected.items())
-    if 2 * same < len(expected):
-        shared = f"it has {same} of the {len(expected)} tensors of {arch} here"
-        return f"this is another network, perhaps of the same name: {shared}"
-    return "the architecture is the checkpoint's, else the flag's, else told by its name; the classes are --dataset's"
-
-
-def _bad_values(expected: dict[str, Tensor], state: dict[str, Tensor]) -> Iterator[str]:
-    for name, tensor in state.items():
-        kind, dtypes = ("floats", _FLOATS) if expected[name].is_floating_point() else ("integers", _INTEGERS)
-        if tensor.dtype not in dtypes:
-            yield f"'{name}' is {tensor.dtype} where {kind} are expected; save the network as it was trained"
-        elif not tensor.float().isfinite().all():
-            yield f"'{name}' holds values that are not finite, so its training diverged; take another"

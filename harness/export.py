@@ -1,19 +1,20 @@
-"""Write a network for use without this repository: by torch.export, or as ONNX."""
+"""Exports a network for use without this repository, by torch.export or as ONNX."""
 
 import copy
 import io
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-
-class ExportError(RuntimeError):
-    """The exported network does not answer as the network does."""
+from harness.checkpoint import Checkpoint
+from harness.flags import Fault
 
 
 class _FromPixels(nn.Module):
-    """A network that normalises its images itself."""
+    """A network that normalises its own images."""
 
     def __init__(self, network: nn.Module, mean: Sequence[float], std: Sequence[float]):
         super().__init__()
@@ -30,20 +31,37 @@ def exported(
 ) -> bytes:
     """The network in eval mode on the CPU: RGB images (N, 3, side, side) in [0, 1] → logits (N, classes), any N ≥ 1.
 
-    It normalises the images itself, by the `mean` and `std` of the three channels, so that nobody has to know them.
-    `torch.export.load` reads these bytes, or what reads ONNX if `onnx` (which needs the packages onnx and onnxscript).
-    Here they are read back and must answer as `backbone`, which stays as it is.
+    It normalises the images itself, by the `mean` and `std` of the three channels, so that its users need not know
+    them. `torch.export.load` reads the bytes; with `onnx` (which needs the packages onnx and onnxscript), any ONNX
+    runtime does. `backbone` itself does not change.
+
+    Raises:
+        Fault: read back, the exported network answers differently.
     """
     network = _FromPixels(copy.deepcopy(backbone).cpu(), mean, std).eval()
     images = torch.rand(3, 3, side, side, generator=torch.Generator().manual_seed(0))
     program = torch.export.export(network, (images[:2],), dynamic_shapes=({0: torch.export.Dim("N")},))
     content, read_back = (_as_onnx if onnx else _as_pt2)(program)
-    answer = read_back(images)  # three images, for the trace has seen two
+    answer = read_back(images)  # three images, because tracing saw two
     try:
         torch.testing.assert_close(answer, network(images), rtol=1e-4, atol=1e-4)
     except AssertionError as error:
-        raise ExportError(f"the exported network answers otherwise: {' '.join(str(error).split())}") from None
+        raise Fault(f"the exported network answers differently: {error}") from None
     return content
+
+
+def exported_checkpoint(checkpoint: Checkpoint, about: dict[str, Any], file: str | Path) -> bytes:
+    """`exported` for a checkpoint; the suffix of `file` decides the format, .onnx or else torch.export's .pt2.
+
+    `about` holds classes, mean, std and side of the data set, for what the checkpoint does not say itself.
+
+    Raises:
+        UserError: the weights don't fit.
+        Fault: as `exported`.
+    """
+    about = about | checkpoint.about
+    network = checkpoint.network(about["classes"])
+    return exported(network, about["mean"], about["std"], about["side"], onnx=Path(file).suffix == ".onnx")
 
 
 def _as_pt2(program: torch.export.ExportedProgram) -> tuple[bytes, Callable[[Tensor], Tensor]]:
@@ -54,7 +72,7 @@ def _as_pt2(program: torch.export.ExportedProgram) -> tuple[bytes, Callable[[Ten
 
 
 def _as_onnx(program: torch.export.ExportedProgram) -> tuple[bytes, Callable[[Tensor], Tensor]]:
-    import onnx.reference  # no requirement: only who wants ONNX needs it
+    import onnx.reference  # an optional package
 
     names = {"input_names": ["images"], "output_names": ["logits"]}
     content = torch.onnx.export(program, dynamo=True, verbose=False, **names).model_proto.SerializeToString()

@@ -5,13 +5,13 @@ from torch import Tensor
 
 
 def random_bits(when: Tensor, rows: int, columns: int) -> Tensor:
-    """(rows, columns) int32 on the device of `when` (3,): a hash of the place, seed, epoch and step.
+    """Random int32 (rows, columns) on the device of `when` (3,), which holds seed, epoch and step.
 
-    The three are hashed into a start, one after the other, from which the places count on, two numbers to a place. The
-    hash is SplitMix64's (Steele et al., 2014), in signed arithmetic: there a shift to the right needs a mask.
+    A hash of seed, epoch and step gives a start. Entry i of the counter is start + i; its hash gives two numbers. The
+    hash is SplitMix64's (Steele et al., 2014). Signed integers keep their sign in a right shift, so a mask removes it.
     """
 
-    def mix(z: Tensor) -> Tensor:  # in place: new memory for 64 × 25,000 numbers costs more than the arithmetic
+    def mix(z: Tensor) -> Tensor:  # in place: allocating 64 × 25,000 numbers costs more than the arithmetic
         for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15), (31, 1)):
             z.bitwise_xor_((z >> shift).bitwise_and_(2 ** (64 - shift) - 1)).mul_(factor)
         return z
@@ -23,19 +23,19 @@ def random_bits(when: Tensor, rows: int, columns: int) -> Tensor:
 
 
 def draw_negatives(labels: Tensor, target: Tensor, count: int, replace: bool, when: Tensor) -> Tensor:
-    """For each image of a batch `count` images of other classes: uniform, without replacement, each row for itself.
+    """Draws `count` images of other classes for each image of a batch: uniformly, without replacement.
 
-    Every image of the training set gets a random number anew in each row, and the `count` largest of other classes are
-    taken: any set of `count` is as likely as any other. (Cheaper draws, such as one permutation of the images read from
-    a random place in each row, give uniform rows that hang on one another.)
+    Each row gives every image of the training set a new random number and takes the `count` images of other classes
+    with the largest numbers. So all sets of `count` images are equally likely, and rows are independent. (With cheaper
+    draws, such as one permutation that each row reads from a random start, rows depend on each other.)
 
     Args:
         labels: (N,) classes of the training set.
         target: (B,) classes of the batch.
         count: K.
-        replace: whether K exceeds the number of images of other classes for some class; such rows, and only such, are
-            drawn with replacement.
-        when: (3,) int64 seed, epoch and step, all that the draw depends on.
+        replace: whether some class has fewer than K images of other classes. The rows of such classes, and only these,
+            are drawn with replacement.
+        when: (3,) int64: seed, epoch and step. The draw depends on nothing else.
 
     Returns:
         (B, K) places in the training set, in no particular order.
@@ -45,7 +45,7 @@ def draw_negatives(labels: Tensor, target: Tensor, count: int, replace: bool, wh
     own = labels == target[:, None]  # B x N
     least = torch.iinfo(torch.int32).min
     keys = bits[:, :images].clamp_(min=least + 1).masked_fill_(own, least)
-    order = keys.topk(min(count, images), sorted=replace).indices  # unsorted costs half
+    order = keys.topk(min(count, images), sorted=replace).indices  # unsorted takes half the time
     if not replace:
         return order
     others = images - own.sum(1, keepdim=True)

@@ -1,6 +1,7 @@
-"""models.exported: the network that torch.export.load reads back."""
+"""harness.export: the network that torch.export.load reads back."""
 
 import io
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +10,10 @@ from oracle import fill, hashed
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as tvf
 
-from models import ExportError, exported, model_dict
+from harness.checkpoint import Checkpoint
+from harness.export import exported, exported_checkpoint
+from harness.flags import Fault
+from models import model_dict
 
 PLAIN = [0.0] * 3, [1.0] * 3  # no normalisation
 
@@ -35,10 +39,14 @@ def test_the_exported_network_answers_like_the_network_in_eval_mode_for_any_batc
             torch.testing.assert_close(answer(pixels), model(images), rtol=1e-4, atol=1e-4)
 
 
-def test_the_side_of_the_images_can_be_chosen():
-    network = small()
-    images = hashed(1, (4, 3, 8, 8)).float()
-    torch.testing.assert_close(read_back(exported(network, *PLAIN, side=8))(images), network.eval()(images))
+def test_a_checkpoint_is_exported_by_what_it_says_itself_and_else_by_the_data_set(monkeypatch):
+    monkeypatch.setitem(model_dict, "small", lambda num_classes: small())
+    network, pixels = small().eval(), hashed(1, (4, 3, 8, 8)).float()
+    own = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.25, 0.3]}
+    checkpoint = Checkpoint(Path("best.pth"), "small", own, None, network.state_dict())
+    of_data_set = {"classes": 2, "side": 8, "mean": [0.0] * 3, "std": [1.0] * 3}
+    answer = read_back(exported_checkpoint(checkpoint, of_data_set, "network.pt2"))(pixels)
+    torch.testing.assert_close(answer, network(tvf.normalize(pixels, **own)), rtol=1e-4, atol=1e-4)
 
 
 def test_exporting_leaves_the_network_and_the_random_numbers_as_they_are():
@@ -59,7 +67,7 @@ def test_a_network_that_is_read_back_wrong_is_not_returned(monkeypatch):
         return network(images) + torch.tensor([0.0, 0.01])
 
     monkeypatch.setattr(torch.export, "load", lambda _: SimpleNamespace(module=lambda: off))
-    with pytest.raises(ExportError, match="answers otherwise.*Mismatched elements: 3 / 6"):
+    with pytest.raises(Fault, match="(?s)answers differently.*Mismatched elements: 3 / 6"):
         exported(network, *PLAIN)
 
 
