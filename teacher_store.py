@@ -80,7 +80,7 @@ def report_teacher(found: checkpoint.Checkpoint, network: nn.Module, data: Data,
 
 
 def doubt_about(acc: float, images: int, classes: int, reported: float | None, tested: int) -> str | None:
-    """Why to doubt a teacher whose accuracy is `acc` (%) on so many test images and classes; None if there is no reason.
+    """Why to doubt a teacher with the accuracy `acc` (%) on so many test images of so many classes, or None.
 
     `reported` is the accuracy (%, in some checkpoints a share) in its checkpoint, on `tested` images.
     """
@@ -239,7 +239,7 @@ class Features:
         return feature.view(torch.int16)
 
     def checksum(self, words: Tensor, entries: Tensor) -> Tensor:
-        """Entries (n, width + 4) and their numbers (n,) → the checksums (n, 4): an odd number of 64 bits, so never 0."""
+        """Entries (n, width + 4), their numbers (n,) → the checksums (n, 4): an odd number of 64 bits, so never 0."""
         parts = zip(words.split(4096), entries.split(4096), strict=True)  # their products fit in the caches
         sums = [(x[:, : self.width] * self.factors[1:]).sum(1) + (n + 1) * self.factors[0] for x, n in parts]
         return (torch.cat(sums) | 1).unsqueeze(1).view(torch.int16)

@@ -141,7 +141,7 @@ class SGD:
 
 
 def accuracy(scores: Tensor, target: Tensor, k: int = 1) -> Tensor:
-    """Share of the rows of `scores` (N, C) whose `target` (N,) is among the `k` highest columns, in percent: a scalar."""
+    """Share of the rows of `scores` (N, C) with `target` (N,) among the `k` highest columns, in percent: a scalar."""
     best = scores.argmax(1, keepdim=True) if k == 1 else scores.topk(k).indices
     return (best == target.unsqueeze(1)).any(1).to(wide(target.device)).mean() * 100
 
@@ -243,7 +243,7 @@ def test_of_best(
 
 
 def sizes(side: int, network: nn.Module, teacher: nn.Module | None = None) -> dict[str, int]:
-    """Parameters, and multiply-adds for one image of `side` × `side` pixels, of a network and its teacher; prints them."""
+    """Parameters, and multiply-adds per image of `side` × `side` pixels, of a network and its teacher; prints them."""
     from torch.utils.flop_counter import FlopCounterMode  # takes a second to import
 
     found, lines = {}, []

@@ -1,16 +1,18 @@
 """Exports a network for use without this repository, by torch.export or as ONNX."""
 
+import argparse
 import copy
 import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from harness.checkpoint import Checkpoint
 from harness.flags import Fault
+from harness.record import write_atomically
+from harness.sources import read_for
 
 
 class _FromPixels(nn.Module):
@@ -50,18 +52,22 @@ def exported(
     return content
 
 
-def exported_checkpoint(checkpoint: Checkpoint, about: dict[str, Any], file: str | Path) -> bytes:
-    """`exported` for a checkpoint; the suffix of `file` decides the format, .onnx or else torch.export's .pt2.
+def export(found: Checkpoint, args: argparse.Namespace) -> None:
+    """Writes a checkpoint's network to the file `args.export`, whose suffix decides the format: .pt2 or .onnx.
 
-    `about` holds classes, mean, std and side of the data set, for what the checkpoint does not say itself.
+    If the checkpoint does not say how its images were normalised, the data set of the flags does.
 
     Raises:
         UserError: the weights don't fit.
-        Fault: as `exported`.
+        Fault: as `exported`; the file can't be written.
     """
-    about = about | checkpoint.about
-    network = checkpoint.network(about["classes"])
-    return exported(network, about["mean"], about["std"], about["side"], onnx=Path(file).suffix == ".onnx")
+    about, file = found.about, Path(args.export)
+    if not {"classes", "mean", "std", "side"} <= about.keys():
+        about = read_for(args, about, found.file).about | about
+    network = found.network(about["classes"])
+    content = exported(network, about["mean"], about["std"], about["side"], onnx=file.suffix == ".onnx")
+    write_atomically(file, content)
+    print(f"exported: {file}, read back and checked; it takes RGB pixels in [0, 1] and normalises them", flush=True)
 
 
 def _as_pt2(program: torch.export.ExportedProgram) -> tuple[bytes, Callable[[Tensor], Tensor]]:

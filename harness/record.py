@@ -37,7 +37,7 @@ from harness.flags import Fault, UserError, show_any_name, tell, warn
 
 CONDITIONS = "commit", "python", "torch", "device", "threads"  # the last digits of a run may depend on them
 
-# ----------------------------------------------------------------------------------------------------- how a script ends
+# ---------------------------------------------------------------------------------------------------- how a script ends
 
 
 class Stopped(BaseException):
@@ -85,7 +85,7 @@ def entry(main: Callable) -> Callable:
     return guarded
 
 
-# ----------------------------------------------------------------------------------------------------------------- files
+# ---------------------------------------------------------------------------------------------------------------- files
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -115,7 +115,7 @@ def plain(content: Any, layout: torch.memory_format = torch.preserve_format) -> 
     if isinstance(content, Mapping):
         return {name: plain(part, layout) for name, part in content.items()}
     if isinstance(content, Tensor):
-        return content.detach().to("cpu", copy=True).contiguous(memory_format=layout)
+        return content.detach().to("cpu", copy=True, memory_format=layout)
     return [plain(part, layout) for part in content] if isinstance(content, list | tuple) else content
 
 
@@ -188,7 +188,7 @@ def refuse_unfinished(path: Path) -> None:
         raise UserError(f"{folder}: this run is not finished; repeat its command, or give a checkpoint file instead")
 
 
-# --------------------------------------------------------------------------------------------------------------- one run
+# -------------------------------------------------------------------------------------------------------------- one run
 
 
 class Run:
