@@ -84,11 +84,9 @@ class Checkpoint(NamedTuple):
         """
         prefixes = [name.removesuffix(first) for name in self.state if name.endswith(first)]
         prefixes = [prefix for prefix in prefixes if set(prefix.split(".")) <= _WRAPPERS | {""}]
-        if not prefixes or "" in prefixes:
-            return self.state
-        if len(prefixes) > 1:
+        prefix = min(prefixes, key=len, default="")
+        if not all(other.startswith(prefix) for other in prefixes):  # a longer one may be the network's own attribute
             raise UserError(f"{self.file}: holds several networks, under {' and '.join(prefixes)}; save one of them")
-        (prefix,) = prefixes
         return {name.removeprefix(prefix): self.state[name] for name in self.state if name.startswith(prefix)}
 
 

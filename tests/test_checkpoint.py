@@ -99,7 +99,8 @@ class WithBody(nn.Module):
 
     def __init__(self, num_classes):
         super().__init__()
-        self.backbone = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+        self.stem = nn.Conv2d(3, 4, 3)
+        self.backbone = nn.ModuleDict({"stem": nn.Conv2d(4, 4, 3), "norm": nn.BatchNorm2d(4)})
         self.classifier = nn.Sequential(nn.Linear(4, num_classes))
 
 
