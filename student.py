@@ -128,7 +128,7 @@ def train_ss_head(
     test_features = None
     with head_file.alone():
         if not run.resumed and (lines := head_file.read_into(head)):
-            run.replay("ss_head", lines)
+            run.replay(lines)
         for epoch in run.epochs("ss_head", args.t_epoch, teacher_head=head, head_optimisation=sgd):
             test_features = test_features or ss_test_features(teacher, data.val, autocast)
             seen = table.batches_without_views if table else data.train.batches

@@ -93,12 +93,11 @@ def doubt_about(acc: float, images: int, classes: int, reported: float | None, t
     chance = 100 / classes
     if acc + error(acc, images) < chance + min(chance, (100 - chance) / 5):
         return f"near chance ({chance:.2f}): check its data set, class order and architecture"
-    if reported is None:
-        return None
-    reported = min(reported, 100 * reported, key=lambda x: abs(x - acc)) if reported <= 1 else reported
-    allowed = 1 if images == tested else max(1, error(reported, min(images, tested)))
-    if abs(acc - reported) > max(allowed, 200 / images):
-        return f"but {reported:.2f} in its checkpoint: check its normalisation, data set and architecture"
+    if reported is not None:
+        reported = min(reported, 100 * reported, key=lambda x: abs(x - acc)) if reported <= 1 else reported
+        allowed = 200 / images if images == tested else error(reported, min(images, tested))
+        if abs(acc - reported) > max(1, allowed):
+            return f"but {reported:.2f} in its checkpoint: check its normalisation, data set and architecture"
     return None
 
 
@@ -123,8 +122,8 @@ class SSHeadFile:
         lock = self.path.with_name(f".{self.path.stem}.lock")
         return alone(lock, f"SS head: waiting for another student that trains {self.path}")
 
-    def read_into(self, head: nn.Module) -> list[dict[str, float]]:
-        """Loads the file into `head`; returns the log of its training, one dict per epoch.
+    def read_into(self, head: nn.Module) -> list[dict[str, Any]]:
+        """Loads the file into `head`; returns the log of its training, see `Run.lines`.
 
         Returns no line, and leaves `head` alone, if there is no such file or it is damaged.
         """
@@ -143,7 +142,7 @@ class SSHeadFile:
         print(f"SS head: read from {self.path}, trained before on the same teacher, data and flags", flush=True)
         return lines
 
-    def write(self, head: nn.Module, lines: list[dict[str, float]]) -> None:
+    def write(self, head: nn.Module, lines: list[dict[str, Any]]) -> None:
         """Keeps `head` for later students, if the teacher's folder can be written to."""
         try:
             save(self.path, {"key": self.key, "state_dict": dict(head.state_dict()), "lines": lines})

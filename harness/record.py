@@ -340,7 +340,8 @@ class Run:
         self._check_folder()
         scalars = {f"{split}/{name}": value for split, values in splits.items() for name, value in values.items()}
         scalars = {tag: value for tag, value in scalars.items() if value is not None}
-        self._add_line(self.phase, epoch, scalars)
+        finite = {tag: value if math.isfinite(value) else None for tag, value in scalars.items()}
+        self._add_line({"phase": self.phase, "epoch": epoch, **finite})
         now = time.monotonic()
         seconds, self._mark = now - self._mark, now
         self._add_events(epoch, summary.scalar(f"speed/{self.phase}_images_per_second", images / seconds))
@@ -349,10 +350,9 @@ class Run:
         speed = f"{seconds:.1f} s, {images / seconds:.0f} images/s, {left} left"
         print(f"{self.phase} {epoch}/{self.total}  {shown}  {speed}", flush=True)
 
-    def _add_line(self, phase: str, epoch: int, scalars: Mapping[str, float | None]) -> None:
-        finite = {tag: value if value is not None and math.isfinite(value) else None for tag, value in scalars.items()}
-        self.state["log"].append({"phase": phase, "epoch": epoch, **finite})
-        self._add_events(epoch, *(summary.scalar(tag, value) for tag, value in finite.items() if value is not None))
+    def _add_line(self, line: dict[str, Any]) -> None:
+        self.state["log"].append(line)
+        self._add_events(line["epoch"], *(summary.scalar(tag, x) for tag, x in line.items() if isinstance(x, float)))
 
     def _add_events(self, epoch: int, *summaries: Any) -> None:
         """Adds summaries to the TensorBoard events and flushes them, so that a full disk is noticed here."""
@@ -360,16 +360,15 @@ class Run:
             self._events.write_event(Event(wall_time=time.time(), step=epoch, summary=content))
         self._events.flush()
 
-    def lines(self, phase: str) -> list[dict[str, float]]:
-        """The scalars of each epoch of a phase so far."""
-        lines = (dict(line) for line in self.state["log"] if line["phase"] == phase)
-        return [{tag: value for tag, value in line.items() if tag not in ("phase", "epoch")} for line in lines]
+    def lines(self, phase: str) -> list[dict[str, Any]]:
+        """The log's lines of a phase: phase, epoch and scalars."""
+        return [line for line in self.state["log"] if line["phase"] == phase]
 
-    def replay(self, phase: str, lines: list[dict[str, float]]) -> None:
-        """Logs the epochs of a phase that another run went through, and counts the phase as done."""
-        for epoch, scalars in enumerate(lines, 1):
-            self._add_line(phase, epoch, scalars)
-        self.state["done"].append(phase)
+    def replay(self, lines: list[dict[str, Any]]) -> None:
+        """Logs a phase that another run went through, as `lines` gave it there, and counts the phase as done."""
+        for line in lines:
+            self._add_line(line)
+        self.state["done"].append(lines[0]["phase"])
 
     def show(self, epoch: int, tag: str, image: Tensor) -> None:
         """Adds an image (3, H, W) or (1, H, W) in [0, 1] to the TensorBoard events."""

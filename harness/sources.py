@@ -9,10 +9,10 @@ import contextlib
 import hashlib
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,10 +49,9 @@ CLASSES = {
     "cifar10": "airplane automobile bird cat deer dog frog horse ship truck".split(),
     "synthetic": [str(label) for label in range(100)],
 }
-# the number of CIFAR-100's images, and what `in_hash_order` says of their content
-CIFAR100 = {
-    "train": (50_000, "640c97a4012a8aebfcaf57fd82a33dd43b37d2e397a02cb9b0a3d89e6d6d936d"),
-    "test": (10_000, "a6a97df7b61bc7420bc44268696e8963d33129bc050978f2a63d8fe3420989fa"),
+CIFAR100 = {  # the content of its images, see `in_hash_order`
+    "train": "640c97a4012a8aebfcaf57fd82a33dd43b37d2e397a02cb9b0a3d89e6d6d936d",
+    "test": "a6a97df7b61bc7420bc44268696e8963d33129bc050978f2a63d8fe3420989fa",
 }
 
 
@@ -191,14 +190,17 @@ def _cifar100(root: Path, url: str | None) -> list[Split]:
         return splits
     folders = [root / name for name in ("cifar100", "CIFAR-100-dataset", ".")]
     folder = next((folder for folder in folders if all((folder / half).is_dir() for half in CIFAR100)), None)
-    found = _archive("cifar100", root, url) if folder is None else [_cifar100_folders(folder / x, x) for x in CIFAR100]
+    if folder is None:
+        found = _archive("cifar100", root, url)
+    else:
+        found = [_split_of(class_files(folder / half), SIDE, half) for half in CIFAR100]
     splits = []
-    for split, (half, (_, expected)) in zip(found, CIFAR100.items(), strict=True):
+    for split, (half, expected) in zip(found, CIFAR100.items(), strict=True):
         order, content = in_hash_order(split.pixels.numpy(), split.labels.numpy())
         if content != expected:
             raise UserError(
-                f"{folder or root}: the {half} images are not CIFAR-100's, or some lie in the wrong class; put a good "
-                "copy there"
+                f"{folder or root}: the {len(order):,} {half} images are not CIFAR-100's, or some lie in the wrong "
+                "class; put a good copy there (for your own images: --dataset folder)"
             )
         splits.append(Split(split.pixels[order], split.labels[order]))
     _keep(kept, "checked", splits)
@@ -262,29 +264,6 @@ def class_files(folder: Path) -> dict[str, list[Path]]:
     }
 
 
-def _cifar100_folders(folder: Path, half: str) -> Split:
-    """Pixels and labels of `folder`/CLASS/*.png."""
-    count, _ = CIFAR100[half]
-    classes = class_files(folder)
-    uneven = [name for name, files in classes.items() if len(files) != count // 100]
-    if len(classes) != 100 or uneven:
-        what = f"{len(classes)} classes" if len(classes) != 100 else f"{len(classes[uneven[0]])} images of {uneven[0]}"
-        raise UserError(
-            f"{folder} holds {what}; CIFAR-100 has 100 classes of {count // 100} images each there "
-            "(for your own images: --dataset folder)"
-        )
-    pixels = read_images([file for files in classes.values() for file in files], 32, _as_it_is, str(folder))
-    return Split(torch.from_numpy(pixels), torch.arange(100).repeat_interleave(count // 100))
-
-
-def _as_it_is(path: Path, side: int) -> np.ndarray:
-    with Image.open(path) as image:
-        pixels = np.asarray(image.convert("RGB"))
-    if pixels.shape != (side, side, 3):
-        raise UserError(f"{path} has {pixels.shape[1]} × {pixels.shape[0]} pixels; CIFAR-100's have 32 × 32")
-    return pixels
-
-
 def _own_folders(root: Path, side: int) -> Source:
     """The images in root/{train, test or val}/CLASS/ as squares, kept in the root until a file changes.
 
@@ -309,15 +288,11 @@ def _own_folders(root: Path, side: int) -> Source:
     if len(found[0]) < 2:
         raise UserError(f"{root / 'train'} has {len(found[0])} class folders, needs at least 2; {layout}")
 
-    halves = [[file for files in classes.values() for file in files] for classes in found]
-    kept, name = root / f"class_folders_{side}.npz", _digest_of(root, [file for files in halves for file in files])
+    files = [file for classes in found for of_class in classes.values() for file in of_class]
+    kept, name = root / f"class_folders_{side}.npz", _digest_of(root, files)
     splits = _load(kept, name)
     if splits is None:
-        splits = []
-        for half, files, classes in zip(("train", test), halves, found, strict=True):
-            counts = torch.tensor([len(of_class) for of_class in classes.values()])
-            pixels = torch.from_numpy(read_images(files, side, square, half))
-            splits.append(Split(pixels, torch.arange(len(classes)).repeat_interleave(counts)))
+        splits = [_split_of(classes, side, half) for half, classes in zip(("train", test), found, strict=True)]
         _keep(kept, name, splits)
     return Source("folder", *splits, list(found[0]), *statistics(splits[0].pixels))
 
@@ -331,42 +306,40 @@ def _digest_of(root: Path, files: list[Path]) -> str:
     return digest.hexdigest()
 
 
-def read_images(paths: list[Path], side: int, read: Callable[[Path, int], np.ndarray], what: str) -> np.ndarray:
-    """`read(path, side)` of each image: (N, side, side, 3) uint8. In parallel, with a progress bar.
+def _split_of(classes: dict[str, list[Path]], side: int, what: str) -> Split:
+    """The images of all classes as squares, decoded in parallel, with a progress bar.
 
     Raises:
-        UserError: one or more can't be read; names them.
+        UserError: an image can't be read; names it.
     """
-    pixels = np.empty((len(paths), side, side, 3), np.uint8)
-
-    def read_one(i: int) -> str | None:
-        try:
-            pixels[i] = read(paths[i], side)
-        except UserError:
-            raise
-        except Exception as error:  # Pillow raises many kinds for damaged files
-            return f"{paths[i]} ({' '.join(str(error).split()) or type(error).__name__})"
-        return None
-
+    files = [file for of_class in classes.values() for file in of_class]
+    labels = [label for label, of_class in enumerate(classes.values()) for _ in of_class]
+    pixels = np.empty((len(files), side, side, 3), np.uint8)
     pool = ThreadPoolExecutor()  # Pillow decodes and resizes outside Python's lock
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # they are about odd metadata
-            done = pool.map(read_one, range(len(paths)))
-            bar = tqdm(done, f"reading {what}", len(paths), unit=" images", leave=False, disable=silent())
-            bad = [fault for fault in bar if fault]
+            squares = pool.map(partial(square, side=side), files)
+            bar = tqdm(squares, f"reading {what}", len(files), unit=" images", leave=False, disable=silent())
+            for i, image in enumerate(bar):
+                pixels[i] = image
     finally:
         pool.shutdown(cancel_futures=True)  # Ctrl-C does not wait for the rest
-    if bad:
-        more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
-        raise UserError(f"{', '.join(bad[:3])}{more}: cannot be read as an image; fetch it again, or remove it")
-    return pixels
+    return Split(torch.from_numpy(pixels), torch.tensor(labels))
 
 
 def square(path: Path, side: int) -> np.ndarray:
-    """Any image as (side, side, 3) uint8: resizes its shorter side to `side`, then crops the centre."""
-    with Image.open(path) as image:
-        picture = as_rgb(image)
+    """Any image as (side, side, 3) uint8: resizes its shorter side to `side`, then crops the centre.
+
+    Raises:
+        UserError: it can't be read; names it.
+    """
+    try:
+        with Image.open(path) as image:
+            picture = as_rgb(image)
+    except Exception as error:  # Pillow raises many kinds for damaged files
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{path} cannot be read as an image ({reason}); fetch it again, or remove it") from error
     return np.asarray(tvf.center_crop(tvf.resize(picture, side), side))
 
 
