@@ -58,7 +58,7 @@ def rows_under(heading):
 def rows_of_results(heading):
     """(row, what is unusual in its setting) of a table of results."""
     for row in rows_under(heading):
-        own = row.get("epochs") or row.get("changed") or ("teachers" if row["method"] == "teacher" else "8 epochs")
+        own = row.get("changed", "teachers" if row["method"] == "teacher" else f"{row.get('epochs', 8)} epochs")
         yield row, setting(RESULTS[heading]) | setting(own)
 
 
@@ -201,7 +201,7 @@ def test_what_stored_features_save_equals_its_record():
     minutes["together"] = tuple(map(sum, zip(*minutes.values(), strict=True)))
     for row in rows_under("What stored features save"):
         disk, compute = minutes.pop(row["method"])
-        expected = [f"{disk:.1f}", f"{compute:.1f}", f"{disk / compute - 1:+.0%}"]
+        expected = [f"{disk:.2f}", f"{compute:.2f}", f"{disk / compute - 1:+.0%}"]
         assert [row["`disk`"], row["`compute`"], row["change"]] == expected
     assert not minutes
     for method, (_, *same) in stored.items():
