@@ -27,8 +27,9 @@ from tqdm import tqdm
 
 from cifar import Batch, Data, Images
 from harness import checkpoint
+from harness.files import alone, digest, read_state, restoring, save
 from harness.flags import Fault, UserError, silent, warn
-from harness.record import alone, digest, read_state, refuse_unfinished, restoring, save
+from harness.record import refuse_unfinished
 from utils import evaluate, precision
 from wrapper import classifier
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from harness.checkpoint import Checkpoint
+from harness.files import write_atomically
 from harness.flags import Fault
-from harness.record import write_atomically
 from harness.sources import read_for
 
 

@@ -8,10 +8,7 @@ it when a run continues, so a run that was killed at any moment goes on from its
 
 import contextlib
 import datetime
-import fcntl
 import functools
-import hashlib
-import io
 import json
 import math
 import os
@@ -21,7 +18,6 @@ import subprocess
 import sys
 import time
 import weakref
-import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
@@ -33,6 +29,7 @@ from tensorboardX.event_file_writer import EventFileWriter, EventsWriter
 from tensorboardX.proto.event_pb2 import Event
 from torch import Tensor
 
+from harness.files import lock, plain, read_state, restoring, save, write_atomically
 from harness.flags import Fault, UserError, show_any_name, tell, warn
 
 CONDITIONS = "commit", "python", "torch", "device", "threads"  # the last digits of a run may depend on them
@@ -85,100 +82,7 @@ def entry(main: Callable) -> Callable:
     return guarded
 
 
-# ---------------------------------------------------------------------------------------------------------------- files
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Writes beside `path`, flushes to disk, then renames: a reader finds the old file or the new one, never a part."""
-    part = path.with_name(f".{path.name}.part")
-    try:
-        with open(part, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            part.unlink()
-        raise Fault(f"{path} could not be written: {error.strerror}; what was there before is intact") from error
-
-
-def save(path: Path, checkpoint: Mapping) -> None:
-    """`torch.save`, atomically. It serialises in memory first, so only `write_atomically` can meet a full disk."""
-    buffer = io.BytesIO()
-    torch.save(checkpoint, buffer)
-    write_atomically(path, buffer.getbuffer())
-
-
-def plain(content: Any, layout: torch.memory_format = torch.preserve_format) -> Any:
-    """A copy of `content` in plain dicts, lists and CPU tensors, which every reader of checkpoints accepts."""
-    if isinstance(content, Mapping):
-        return {name: plain(part, layout) for name, part in content.items()}
-    if isinstance(content, Tensor):
-        return content.detach().to("cpu", copy=True, memory_format=layout)
-    return [plain(part, layout) for part in content] if isinstance(content, list | tuple) else content
-
-
-def read_state(path: Path) -> dict:
-    """A dict that `save` wrote, on the CPU. Never runs code from the file.
-
-    Raises:
-        UserError: the file is missing, damaged, or something else.
-    """
-    with restoring(path):
-        with zipfile.ZipFile(path) as archive:
-            if archive.testzip() is not None:  # torch.load does not compare the checksums
-                raise ValueError
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(state, dict):
-            raise TypeError
-    return state
-
-
-@contextlib.contextmanager
-def restoring(path: Path) -> Iterator[None]:
-    """Around the use of a file that `save` wrote: turns whatever does not fit into a UserError that names the file."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    except Exception as error:  # zipfile, pickle, torch and missing keys each raise their own
-        raise UserError(f"{path} is damaged or belongs to another run; delete it, or put a good copy back") from error
-
-
-def digest(content: Any) -> str:
-    """A short name for exactly this content of dicts, lists, strings and numbers: 16 hexadecimal digits."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def lock(path: Path, waiting: str | None = None) -> int:
-    """Locks the file `path` until its descriptor, which is returned, is closed or the process ends.
-
-    If another process holds the lock: prints `waiting` and waits, or raises BlockingIOError without it. Where the file
-    system has no locks, the file counts as locked.
-    """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        if waiting is None:
-            os.close(descriptor)
-            raise
-        print(waiting, flush=True)
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-    except OSError:  # ENOSYS, ENOLCK, EOPNOTSUPP: no locks here
-        pass
-    return descriptor
-
-
-@contextlib.contextmanager
-def alone(path: Path, waiting: str) -> Iterator[None]:
-    """One process at a time is inside; others print `waiting` and wait. Where `path` can't be written, nobody waits."""
-    with contextlib.ExitStack() as stack:
-        with contextlib.suppress(OSError):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            stack.callback(os.close, lock(path, waiting))
-        yield
+# ------------------------------------------------------------------------------------------------------------- one run
 
 
 def refuse_unfinished(path: Path) -> None:
@@ -186,9 +90,6 @@ def refuse_unfinished(path: Path) -> None:
     folder = path.parent if path.name == "ckpt" else path
     if (folder / "config.json").exists() and not (folder / "result.json").exists():
         raise UserError(f"{folder}: this run is not finished; repeat its command, or give a checkpoint file instead")
-
-
-# -------------------------------------------------------------------------------------------------------------- one run
 
 
 class Run:

@@ -24,8 +24,8 @@ from torchvision import datasets as tv
 from torchvision.transforms import functional as tvf
 from tqdm import tqdm
 
+from harness.files import alone
 from harness.flags import DATASETS, UserError, silent, warn
-from harness.record import alone
 
 SUFFIXES = tv.folder.IMG_EXTENSIONS
 SIDE = 32  # of the named data sets
