@@ -45,19 +45,9 @@ def inputs(name, scale=1.0):
         return Outputs(features, logits.requires_grad_())
 
     student, teacher = (outputs(key, PAIRS[name][side]) for key, side in ((0, "student"), (50, "teacher")))
-    rows, class_of = torch.arange(len(student.logits)), torch.arange(50) % 10
-    target = labels(base + 90, len(rows), 100)
-    figures = LOSSES[name]
-    return SimpleNamespace(
-        name=name,
-        base=base,
-        figures=figures,
-        student=student,
-        teacher=teacher,
-        target=target,
-        rows=rows,
-        labels=class_of,
-    )
+    rows = torch.arange(len(student.logits))
+    batch = {"student": student, "teacher": teacher, "target": labels(base + 90, len(rows), 100), "rows": rows}
+    return SimpleNamespace(name=name, base=base, figures=LOSSES[name], labels=torch.arange(50) % 10, **batch)
 
 
 def build(name, case):
@@ -145,11 +135,9 @@ def test_rkd_equals_the_published_one(case):
         part = F.smooth_l1_loss(relation(pooled), relation(case.teacher.features[-1]))
         (grad,) = torch.autograd.grad(part, pooled)
         near({"loss": part, "grad_feat_l2": l2(grad)}, entry[name], entry["f32"])
-    loss = term(method, case)
-    loss.backward()
-    near({"loss": loss, "grad_feat_l2": l2(pooled.grad)}, entry["total_25_50"], entry["f32"])
     first_pair = (pooled[0] - pooled[1]).norm() / method.distances(pooled)[0, 1]
-    near(first_pair, entry["student_mean_distance"], entry["f32"])
+    total = {"grad_feat_l2": {str(len(case.student.features) - 1): entry["total_25_50"]["grad_feat_l2"]}}
+    compare(case, term(method, case), entry | total, student_mean_distance=first_pair)
 
 
 def test_fitnet_equals_the_published_one(case):
@@ -297,16 +285,16 @@ def test_crd_equals_the_published_one_at_its_size(dtype):
 @float64
 def test_dkd_and_ls_equal_the_published_ones(want, dtype):
     shape = (want["batch"], want["classes"])
-    s_logits, t_logits = (rounded(want["base"] + k, shape, want["scale"]) for k in (0, 1))
-    s_logits.requires_grad_()
+    s_logits, t_logits = (rounded(want["base"] + k, shape, want["scale"]).requires_grad_() for k in (0, 1))
     target = labels(want["base"] + 4, *shape)
     student, teacher = Outputs([], s_logits), Outputs([], t_logits)
     for name, figures in (("dkd", want["dkd"]), ("ls", want["standardised_kd"])):
         method = METHODS[name](student, teacher, target)
         method.beta = figures.get("beta")
         loss = method(student, teacher, target, None)
-        (grad,) = torch.autograd.grad(loss, s_logits)
+        grad, of_teacher = torch.autograd.grad(loss, (s_logits, t_logits), allow_unused=True)
         near({"loss": loss, "grad_l2": l2(grad)}, figures)
+        assert of_teacher is None
 
 
 def test_adapters_start_with_the_published_values():
@@ -534,24 +522,6 @@ def test_half_precision_outputs_are_computed_in_float32_and_float64_stays(name, 
     assert half.item() == full.item() == pytest.approx(double.item(), rel=1e-4)
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_adapters_of_the_main_phase_get_a_gradient_and_the_teacher_none(name, batch):
-    method = build(name, batch)
-    for outputs in (batch.student, batch.teacher):
-        for x in [*outputs.features, outputs.logits]:
-            x.requires_grad_()
-    trained = list(set_phase(method, nn.Identity()).parameters())
-    loss = term(method, batch)
-    if name == "ab":
-        assert (loss.item(), loss.requires_grad, trained) == (0, False, [])
-        loss, trained = method.first_loss(batch.student, batch.teacher), list(method.parameters())
-    loss.backward()
-    assert all(parameter.grad is not None and parameter.grad.abs().max() > 0 for parameter in trained)
-    others = {id(p) for p in method.parameters()} - {id(p) for p in trained}
-    assert all(p.grad is None for p in method.parameters() if id(p) in others)
-    assert all(x.grad is None for x in [*batch.teacher.features, batch.teacher.logits])
-
-
 @pytest.mark.parametrize("name", [name for name, method in METHODS.items() if not method.maps])
 def test_methods_without_maps_need_only_the_teachers_last_feature_and_logits(name, batch):
     torch.manual_seed(0)
@@ -561,27 +531,22 @@ def test_methods_without_maps_need_only_the_teachers_last_feature_and_logits(nam
     assert term(build(name, batch), batch).item() == want.item()
 
 
-HEADS = {
-    "resnet20": ["fc"],
-    "resnet8x4": ["fc"],
-    "wrn_16_2": ["bn1", "fc"],
-    "vgg8": ["classifier"],
-    "MobileNetV2": ["conv2", "classifier"],
-    "ShuffleV1": ["linear"],
-    "ShuffleV2": ["conv2", "bn2", "linear"],
-    "ResNet50": ["linear"],
-}
+HEADS = [  # what lies behind the stages
+    *(("resnet20", "fc"), ("resnet8x4", "fc"), ("wrn_16_2", "bn1 fc"), ("vgg8", "classifier")),
+    *(("MobileNetV2", "conv2 classifier"), ("ShuffleV1", "linear"), ("ShuffleV2", "conv2 bn2 linear")),
+    ("ResNet50", "linear"),
+]
 
 
-@pytest.mark.parametrize("arch", HEADS)
-def test_abs_first_phase_leaves_out_what_lies_behind_the_stages(arch, batch):
+@pytest.mark.parametrize("arch, head", HEADS)
+def test_abs_first_phase_leaves_out_what_lies_behind_the_stages(arch, head, batch):
     with torch.device("meta"):
         network = model_dict[arch]()
     method = build("ab", batch)
     trained = {id(parameter) for parameter in set_phase(method, network, first=True).parameters()}
-    assert [name for name, child in network.named_children() if not child.training] == HEADS[arch]
+    assert [name for name, child in network.named_children() if not child.training] == head.split()
     for name, parameter in network.named_parameters():
-        assert (id(parameter) in trained) == (name.split(".")[0] not in HEADS[arch]), name
+        assert (id(parameter) in trained) == (name.split(".")[0] not in head.split()), name
     set_phase(method, network)
     assert all(module.training for module in network.modules())
 
@@ -650,20 +615,6 @@ def test_dkd_warms_up_over_twenty_epochs(batch):
     for epoch, share in ((1, 0.05), (10, 0.5), (20, 1), (240, 1)):
         method.start_epoch(0, epoch)
         assert term(method, batch).item() == pytest.approx(share * full, rel=1e-6)
-
-
-def test_the_backward_pass_does_not_need_the_bank(batch):
-    gradients = []
-    for spoil in (False, True):
-        torch.manual_seed(0)
-        method = build("crd", batch)
-        loss = term(method, batch)
-        if spoil:
-            method.bank_s.memory.fill_(math.nan)
-            method.bank_t.memory.fill_(math.nan)
-        loss.backward()
-        gradients.append(torch.cat([p.grad.flatten() for p in method.parameters()]))
-    assert torch.equal(*gradients)
 
 
 def test_crd_resumes_bit_for_bit_from_its_state_dict_at_the_start_of_an_epoch(batch):
