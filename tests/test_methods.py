@@ -607,6 +607,8 @@ def test_methods_have_the_published_weights_and_lengths():
     assert (weights["dkd"], weights["ls"], weights["crd"]) == ((1, 1, 0), (9, 0.1, 0), (0.8, 0.1, 0.9))
     assert {name: m.first_epochs for name, m in METHODS.items() if m.first_epochs} == {"ab": 30, "ft": 30, "dkd": 20}
     assert [name for name, m in METHODS.items() if m.first_phase] == ["ab", "ft"]
+    assert [name for name, m in METHODS.items() if not m.first_student] == ["ft"]
+    assert [name for name, m in METHODS.items() if not m.maps] == ["kd", "rkd", "pkt", "crd", "dkd", "ls"]
 
 
 def test_dkd_warms_up_over_twenty_epochs(batch):
