@@ -1,4 +1,4 @@
-"""negatives.py against Python's own integers and statistics."""
+"""methods/negatives.py against Python's integers and statistics."""
 
 import math
 
@@ -10,7 +10,7 @@ from methods.negatives import draw_negatives, random_bits
 
 
 def splitmix64(z):
-    """The finaliser of SplitMix64, in Python's own integers."""
+    """The finaliser of SplitMix64 in Python's integers."""
     z = ((z ^ z >> 30) * 0xBF58476D1CE4E5B9) % 2**64
     z = ((z ^ z >> 27) * 0x94D049BB133111EB) % 2**64
     return z ^ z >> 31
@@ -28,7 +28,7 @@ def test_random_bits_are_those_of_splitmix64(when):
 
 
 def draws(class_of, target, count, replace, steps):
-    """(steps · B, count) negatives of that many steps."""
+    """The negatives of so many steps: (steps · B, count)."""
     when = torch.tensor([3, 5, 0])
     drawn = []
     for step in range(steps):
@@ -38,7 +38,7 @@ def draws(class_of, target, count, replace, steps):
 
 
 def chi_square(counts, expected):
-    """Standardised to mean 0 and variance about 1 for a uniform draw."""
+    """The χ² statistic, standardised: for a uniform draw its mean is 0 and its variance about 1."""
     counts, free = np.asarray(counts), len(counts) - 1
     return (((counts - expected) ** 2 / expected).sum() - free) / math.sqrt(2 * free)
 
@@ -52,7 +52,7 @@ def test_negatives_are_distinct_images_of_other_classes():
     assert all(len(set(row)) == 150 for row in drawn.tolist())
 
 
-def test_every_set_of_negatives_is_as_likely_and_rows_and_steps_do_not_hang_together():
+def test_all_sets_of_negatives_are_equally_likely_and_rows_and_steps_are_independent():
     class_of = torch.arange(8) % 4  # 6 images of other classes: 20 sets of 3
     steps, rows = 100, 400
     drawn = draws(class_of, torch.zeros(rows, dtype=torch.long), 3, False, steps).numpy()
@@ -65,21 +65,21 @@ def test_every_set_of_negatives_is_as_likely_and_rows_and_steps_do_not_hang_toge
         assert abs(chi_square(pairs, a.size / 400)) < 4
 
 
-def test_every_image_of_another_class_is_drawn_as_often_at_many_images():
+def test_among_many_images_those_of_other_classes_are_drawn_equally_often():
     images, k, rows, steps = 5000, 1600, 64, 20
     class_of = torch.arange(images) % 100
     drawn = draws(class_of, torch.full((rows,), 42), k, False, steps)
     counts = np.bincount(drawn.flatten().numpy(), minlength=images)[(class_of != 42).numpy()]
     share = k / len(counts)
     expected = rows * steps * share
-    # without replacement a count varies by 1 − share less than with
+    # without replacement the variance of a count is 1 − share times that with replacement
     assert abs(chi_square(expected + (counts - expected) / math.sqrt(1 - share), expected)) < 4
 
 
-def test_negatives_repeat_only_where_there_are_too_few():
+def test_negatives_repeat_only_in_rows_with_too_few_images_of_other_classes():
     class_of = torch.tensor([0] * 5 + [1] * 3)
     drawn = draws(class_of, torch.tensor([0, 1] * 50), 4, True, steps=100)
-    few, enough = drawn[::2], drawn[1::2]  # 3 images of another class; 5
+    few, enough = drawn[::2], drawn[1::2]  # rows with 3 and with 5 images of another class
     assert few.min() == 5
     assert enough.max() == 4
     assert all(len(set(row)) == 4 for row in enough.tolist())
