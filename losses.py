@@ -28,7 +28,8 @@ class SSKDTerms(NamedTuple):
     ss: Tensor
 
 
-def _at_least_float32(x: Tensor) -> Tensor:
+def at_least_float32(x: Tensor) -> Tensor:
+    """Half precision becomes float32; float32 and float64 stay."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -45,7 +46,7 @@ def similarity_matrix(embedding: Tensor) -> Tensor:
     (4B, D) → (3B, B) in [-1, 1]. One matrix product, not the 3B × D × B tensor of all pairs; the lengths are divided
     out of the product, not of the wider embeddings.
     """
-    embedding = _at_least_float32(embedding)
+    embedding = at_least_float32(embedding)
     normal, rotated = split_views(embedding)
     normal_length, rotated_length = split_views(torch.linalg.vector_norm(embedding, dim=1).clamp(min=1e-8))
     return rotated @ normal.T / (rotated_length.unsqueeze(1) * normal_length)
@@ -140,8 +141,8 @@ def sskd_terms(
         kd_T, tf_T, ss_T: temperatures, positive.
         ratio_tf, ratio_ss: share of the teacher's wrong rows that is kept, in [0, 1].
     """
-    s_normal, s_rotated = split_views(_at_least_float32(s_logits))  # B x C, 3B x C
-    t_normal, t_rotated = split_views(_at_least_float32(t_logits))
+    s_normal, s_rotated = split_views(at_least_float32(s_logits))  # B x C, 3B x C
+    t_normal, t_rotated = split_views(at_least_float32(t_logits))
     s_similarity, t_similarity = similarity_matrix(s_embedding), similarity_matrix(t_embedding)  # 3B x B
 
     ce = F.cross_entropy(s_normal, target)

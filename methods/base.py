@@ -5,6 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from losses import at_least_float32
+
 
 class Outputs(NamedTuple):
     """What a network returns for a batch: `network(x, is_feat=True)`."""
@@ -75,11 +77,6 @@ def set_phase(method: Method, network: nn.Module, first: bool = False) -> nn.Mod
     network.eval()
     method.eval()
     return nn.ModuleList(modules).train()
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    """Half precision becomes float32; float32 and float64 stay."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def feature_pair(student: Outputs, teacher: Outputs, index: int) -> tuple[Tensor, Tensor]:
