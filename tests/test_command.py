@@ -1,4 +1,4 @@
-"""command.sh, most of it with a stand-in for Python."""
+"""command.sh, mostly with a stand-in for Python: it records its calls and installs nothing."""
 
 import json
 import os
@@ -8,307 +8,247 @@ import subprocess
 import sys
 
 import pytest
-from conftest import LOW_RATE, ROOT
+from conftest import ROOT
 
 import student
 import teacher
 
+BASH = shutil.which("bash")
 OUTSIDE = {name: value for name, value in os.environ.items() if name not in ("VIRTUAL_ENV", "CONDA_PREFIX")}
+REQUIREMENTS = ("requirements-experiments.txt", "requirements-test.txt", "requirements.txt")
+
+# The files `complete` and `pip` beside it say whether this environment has all packages, and whether it has pip. FAIL
+# holds words that make a script fail, CTRL_C one that makes it press Ctrl-C. KILL is a step that kills command.sh.
+STAND_IN = """#!/bin/sh
+here=${0%/*}
+note() { echo "$*" && echo "$*" >>"$RECORD"; }
+case "$1 $2" in
+  "-c "*) exit "${OLD:-0}" ;;
+  "- "*) [ -e "$here/complete" ] ;;
+  "-m venv")
+    note "$@"
+    mkdir -p .venv/bin && rm -f .venv/bin/* && cp "$0" .venv/bin/python
+    if [ "$KILL" = venv ]; then kill -9 $PPID && exit; fi
+    touch .venv/bin/pip
+    ;;
+  "-m pip")
+    [ -e "$here/pip" ] || exit 1
+    if [ "$3" = --version ]; then exit; fi
+    note "$0 $@"
+    if [ "$KILL" = pip ]; then kill -9 $PPID && exit; fi
+    touch "$here/complete"
+    ;;
+  *)
+    note begin "$@"
+    case " $* " in *" ${CTRL_C:--} "*) trap 'exit 130' INT && kill -INT 0 ;; esac
+    for word; do case " $FAIL " in *" $word "*) exit 3 ;; esac done
+    note end "$@"
+    ;;
+esac
+"""
 
 
 def command(*words, root=ROOT, **variables):
-    """Runs command.sh from another folder."""
-    script = ["bash", root / "command.sh", *words]
-    return subprocess.run(script, env=OUTSIDE | variables, cwd="/", capture_output=True, text=True, timeout=120)
+    """Runs command.sh from another folder. It leads its own process group, so that Ctrl-C reaches nothing else."""
+    script = [BASH, root / "command.sh", *words]
+    env = OUTSIDE | variables
+    return subprocess.run(script, env=env, cwd="/", capture_output=True, text=True, start_new_session=True)
 
 
-# ------------------------------------------------------------------------------------------------------------ its list
+@pytest.fixture
+def place(tmp_path):
+    """A folder with command.sh, and a function that runs it there in an active environment with all packages."""
+    for name in ("command.sh", *REQUIREMENTS):
+        shutil.copy(ROOT / name, tmp_path)
+    env = tmp_path / "env"
+    (env / "bin").mkdir(parents=True)
+    for name in ("complete", "pip"):
+        (env / "bin" / name).touch()
+    (env / "bin" / "python").write_text(STAND_IN)
+    (env / "bin" / "python").chmod(0o755)
+    variables = {"RECORD": str(tmp_path / "record"), "VIRTUAL_ENV": str(env)}
+    return tmp_path, lambda *words, **more: command(*words, root=tmp_path, **variables | more)
 
 
-def published_commands():
-    """The published tables' teachers, then the students' networks alone, each once, then a student a column."""
+@pytest.fixture
+def bare(place):
+    """The same without an active environment: the stand-in is `python3` and has no packages."""
+    root, run = place
+    bin = root / "env" / "bin"
+    (bin / "complete").unlink()
+    (bin / "python").rename(bin / "python3")
+    variables = {"VIRTUAL_ENV": "", "PATH": f"{bin}:{OUTSIDE['PATH']}"}
+    return root, lambda *words, **more: run(*words, **variables | more)
+
+
+def record(root, start):
+    """The recorded calls that begin with these words, without them."""
+    file = root / "record"
+    lines = file.read_text().splitlines() if file.exists() else []
+    return [line.removeprefix(f"{start} ") for line in lines if line.startswith(f"{start} ")]
+
+
+def installs(root):
+    return record(root, ".venv/bin/python -m pip install --disable-pip-version-check")
+
+
+def outcomes(done):
+    """The summary at the end of the output: {command: what became of it}."""
+    rows = [line.split(" python ") for line in done.stdout.rpartition("\n\n")[2].splitlines()]
+    return {words: outcome.strip() for outcome, words in rows}
+
+
+def dry_run():
+    return [line.removeprefix("python ") for line in command("--dry-run").stdout.splitlines()]
+
+
+# ---------------------------------------------------------------------------------------------------------- the lists
+
+
+def test_the_list_holds_the_experiments_of_the_published_tables_in_their_order():
     published = json.loads((ROOT / "experiments" / "published_results.json").read_text())
-    pairs = published["similar"]["pairs"] + published["cross"]["pairs"]
-    rates = {arch: 0.01 if arch in LOW_RATE else 0.05 for pair in pairs for arch in pair}
-    columns = zip(*pairs, strict=True)
-    alone = [f"teacher.py --arch {arch}" for arch in dict.fromkeys(arch for column in columns for arch in column)]
-    distilled = [f"student.py --t-path experiments/teacher_{t}_seed0 --s-arch {s}" for t, s in pairs]
-    return [f"{line} --lr {rates[line.rpartition(' ')[2]]}" for line in alone + distilled]
-
-
-def test_the_list_is_that_of_the_published_tables():
-    done = command("--dry-run")
-    assert (done.returncode, done.stderr) == (0, "")
-    lines = [line.removeprefix("python ") for line in done.stdout.splitlines()]
-    assert len(lines) == 24
-    assert sorted(lines[:13]) == sorted(published_commands()[:13])  # the students' networks in the order of the list
-    assert lines[:5] + lines[13:] == published_commands()[:5] + published_commands()[13:]
-
-
-def test_the_list_can_be_read_in_the_script_line_by_line():
+    pairs = [tuple(pair) for table in ("similar", "cross") for pair in published[table]["pairs"]]
+    commands = [line.split() for line in dry_run()]
+    networks, students = [words[2] for words in commands[:13]], commands[13:]
+    assert networks[:5] == list(dict.fromkeys(teacher_arch for teacher_arch, _ in pairs))
+    assert sorted(networks[5:]) == sorted({student_arch for _, student_arch in pairs})
+    assert [(words[2], words[4]) for words in students] == [(f"experiments/teacher_{t}_seed0", s) for t, s in pairs]
+    low = {"MobileNetV2", "ShuffleV1", "ShuffleV2"}
+    assert {(words[-3], words[-1]) for words in commands} == {(a, "0.01" if a in low else "0.05") for a in networks}
     text = (ROOT / "command.sh").read_text()
-    assert [line for line in command("--dry-run").stdout.splitlines() if f"\n  {line}\n" not in text] == []
+    assert [words for words in dry_run() if f"\n  python {words}\n" not in text] == []
 
 
 @pytest.mark.parametrize("words", [(), ("demo",)])
-def test_every_command_is_one_that_the_scripts_accept(place, words):
+def test_the_scripts_accept_every_command(place, words):
     root, run = place
     assert run(*words).returncode == 0
     entries = {"teacher.py": teacher, "student.py": student}
     lines = [line.split() for line in record(root, "begin") if not line.startswith("experiments/table.py")]
     args = [entries[script].parse_args(flags) for script, *flags in lines]
     assert len(args) == (3 if words else 24)
-    assert {(each.dataset, each.seed) for each in args} == {("synthetic" if words else "cifar100", 0)}
+    assert {each.seed for each in args} == {0}
 
 
-@pytest.mark.parametrize("words", [("nope",), ("--dry",), ("demo", "now"), ("--dry-run", "demo"), ("table",), ("",)])
-def test_words_that_it_does_not_know_are_told_in_one_line(place, words):
-    done = place[1](*words)
+@pytest.mark.parametrize("words", ["nope", "--dry", "demo now", "--dry-run demo", "tests"])
+def test_unknown_words_are_refused_in_one_line_with_the_known_ones(place, words):
+    done = place[1](*words.split())
     assert (done.returncode, done.stdout) == (2, "")
-    assert f"{' '.join(words) or 'an empty word'} is none of --dry-run setup demo test" in done.stderr
-    assert len(done.stderr.splitlines()) == 1
+    assert done.stderr == f"command.sh: unknown: {words}. Known: --dry-run setup demo test test-slow --help\n"
 
 
-def test_help_is_the_head_of_the_script():
+def test_help_prints_the_head_of_the_script():
     done = command("--help")
-    assert done.returncode == 0
-    for word in ("--dry-run", "setup", "demo", "test", "test-slow", ".venv"):
-        assert word in done.stdout
+    assert (done.returncode, done.stderr) == (0, "")
+    head = (ROOT / "command.sh").read_text().partition("\n\n")[0].splitlines()[1:]
+    assert done.stdout.splitlines() == [line[2:] for line in head]
 
 
-# ------------------------------------------------------------------------------------------------- running it, stopping
-
-# Stands in for the Python of an environment. It has what is needed once the file `complete` lies beside it; a script
-# fails where FAIL is among its words and waits for a signal where HOLD is. What it does is noted in RECORD.
-WAIT = """import os, signal, sys
-signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-print("waits", flush=True)
-signal.sigwait({signal.SIGINT})
-print("stopped", *sys.argv[1:], file=open(os.environ["RECORD"], "a"))
-sys.exit(130)
-"""
-STAND_IN = f"""#!/bin/sh
-note() {{ echo "$*" && echo "$*" >>"$RECORD"; }}
-here=${{0%/*}}
-case "$1 $2" in
-  "-c "*) exit "${{OLD:-0}}" ;;
-  "- "*) [ -e "$here/complete" ] || echo torch ;;
-  "-m venv")
-    shift 2
-    note venv "$@"
-    for folder; do :; done
-    mkdir "$folder/bin" && cp "$0" "$folder/bin/python"
-    if [ -n "$NO_PIP" ]; then kill -9 $PPID; fi
-    ;;
-  "-m pip")
-    shift 2
-    note "$0" "$@"
-    if [ -n "$HALF" ]; then kill -9 $PPID; fi
-    : >"$here/complete"
-    ;;
-  *)
-    note begin "$@"
-    case " $* " in *" ${{HOLD:--}} "*) exec {sys.executable} -IS "$here/wait" "$@" ;; esac
-    note end "$@"
-    case " $* " in *" ${{FAIL:--}} "*) exit 3 ;; esac
-    ;;
-esac
-"""
+# ------------------------------------------------------------------------------------------------ running and stopping
 
 
-@pytest.fixture
-def place(tmp_path):
-    """command.sh in a folder of its own, and what runs it there in an active environment that has all."""
-    for name in ("command.sh", "requirements.txt", "requirements-experiments.txt", "requirements-test.txt"):
-        shutil.copy(ROOT / name, tmp_path)
-    (tmp_path / "env" / "bin").mkdir(parents=True)
-    (tmp_path / "env" / "bin" / "complete").touch()
-    stand_in = tmp_path / "env" / "bin" / "python"
-    stand_in.write_text(STAND_IN)
-    (tmp_path / "env" / "bin" / "wait").write_text(WAIT)
-    stand_in.chmod(0o755)
-    variables = {"RECORD": str(tmp_path / "record"), "VIRTUAL_ENV": str(tmp_path / "env")}
-    return tmp_path, lambda *words, **more: command(*words, root=tmp_path, **variables | more)
-
-
-def record(root, word):
-    file = root / "record"
-    lines = file.read_text().splitlines() if file.exists() else []
-    return [line.removeprefix(f"{word} ") for line in lines if line.startswith(f"{word} ")]
-
-
-def summary(output):
-    """The last lines of the output: {command: what became of it}."""
-    rows = [line.split(" python ") for line in output.rpartition("\n\n")[2].splitlines()]
-    return {words: outcome.strip() for outcome, words in rows}
-
-
-def test_all_run_in_order_and_show_their_output(place):
+def test_all_commands_run_in_order_and_show_their_output(place):
     root, run = place
     done = run()
     assert (done.returncode, done.stderr) == (0, "")
-    lines = [line.removeprefix("python ") for line in command("--dry-run").stdout.splitlines()]
-    assert record(root, "begin") == record(root, "end") == lines
-    assert summary(done.stdout) == dict.fromkeys(lines, "finished")
-    assert all(f"\nbegin {line}\n" in done.stdout for line in lines)
+    assert record(root, "begin") == record(root, "end") == dry_run()
+    assert outcomes(done) == dict.fromkeys(dry_run(), "finished")
+    assert all(f"\nbegin {line}\n" in done.stdout for line in dry_run())
 
 
-def test_a_failure_keeps_only_the_students_of_that_teacher_from_running(place):
+def test_after_a_failure_only_the_students_of_that_teacher_are_left_out(place):
     root, run = place
-    done = run(FAIL="vgg13")
-    assert done.returncode == 1
-    outcomes = summary(done.stdout)
-    assert outcomes.pop("teacher.py --arch vgg13 --lr 0.05") == "failed (3)"
-    of_vgg13 = [words for words in outcomes if "teacher_vgg13_seed0" in words]
-    assert [outcomes.pop(words) for words in of_vgg13] == ["left out"] * 2
-    assert list(outcomes.values()) == ["finished"] * 21
-    assert len(record(root, "end")) == 22
+    done = run(FAIL="vgg13 ShuffleV2")
+    expected = dict.fromkeys(dry_run(), "finished")
+    expected |= {words: "failed (3)" for words in expected if "--arch vgg13 " in words or "arch ShuffleV2 " in words}
+    expected |= {words: "left out" for words in expected if "/teacher_vgg13_seed0 " in words}
+    assert outcomes(done) == expected
+    assert list(expected.values()).count("left out") == 2
+    assert (done.returncode, len(record(root, "begin"))) == (1, 22)
 
 
-def test_a_failed_student_fails_the_list(place):
-    done = place[1](FAIL="ShuffleV2")  # as a network alone and as a student
-    assert done.returncode == 1
-    assert sorted(summary(done.stdout).values()) == ["failed (3)"] * 2 + ["finished"] * 22
-
-
-def test_ctrl_c_stops_what_runs_and_starts_nothing_more(place):
-    root, _ = place
-    variables = {"RECORD": str(root / "record"), "VIRTUAL_ENV": str(root / "env"), "HOLD": "resnet56"}
-    # pytest in the background of a shell ignores SIGINT, and what is ignored at the start can't be trapped
+def test_ctrl_c_stops_the_list(place):
+    root, run = place
+    # a pytest in the background of a shell ignores SIGINT, and bash cannot trap a signal that is ignored from the start
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    script = ["bash", root / "command.sh"]
-    process = subprocess.Popen(
-        script, env=OUTSIDE | variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, process_group=0
-    )
+    done = run(CTRL_C="resnet56")
     signal.signal(signal.SIGINT, before)
-    while process.stdout.readline() != "waits\n":
-        assert process.poll() is None
-    os.killpg(process.pid, signal.SIGINT)  # as the terminal does
-    output, error = process.communicate(timeout=60)
-    assert (process.returncode, error) == (130, "")
-    assert record(root, "stopped") == ["teacher.py --arch resnet56 --lr 0.05"]
-    assert len(record(root, "begin")) == 2
-    assert list(summary("\n" + output).values()) == ["finished", "stopped"] + ["not run"] * 22
+    assert (done.returncode, done.stderr) == (130, "")
+    assert record(root, "begin") == dry_run()[:2]
+    assert outcomes(done) == {dry_run()[0]: "finished"}
 
 
-def test_the_demo_ends_with_its_figures_unless_something_failed(place):
+@pytest.mark.parametrize("fail", ["", "resnet14"])
+def test_the_demo_explains_its_result_unless_something_failed(place, fail):
     root, run = place
-    done = run("demo")
-    assert (done.returncode, done.stderr) == (0, "")
-    ran = [line.split()[0] for line in record(root, "end")]
-    assert ran == ["teacher.py", "teacher.py", "student.py", "experiments/table.py"]
-    assert (
-        done.stdout.index("\nfinished ") < done.stdout.index("end experiments/table.py") < done.stdout.index("What it")
-    )
-    failed = run("demo", FAIL="resnet14")
-    assert (failed.returncode, list(summary(failed.stdout).values())) == (1, ["failed (3)", "finished", "left out"])
+    done = run("demo", FAIL=fail)
+    became = ["failed (3)", "finished", "left out", "finished"] if fail else ["finished"] * 4
+    assert (done.returncode, list(outcomes(done).values())) == (1 if fail else 0, became)
+    assert record(root, "end")[-1].startswith("experiments/table.py experiments/demo")
+    assert ("48.2 ± 3.2" in done.stdout) == (not fail)
 
 
 @pytest.mark.slow
-def test_the_demo_ends_with_sskd_above_the_same_student_alone(tmp_path):
-    for path in ROOT.iterdir():
-        if path.suffix in (".py", ".sh", ".txt") or path.name == "models":
-            (shutil.copy if path.suffix == ".sh" else os.symlink)(path, tmp_path / path.name)
-    (tmp_path / "experiments").mkdir()
-    for path in (ROOT / "experiments").glob("*.*"):
-        (tmp_path / "experiments" / path.name).symlink_to(path)
-    (tmp_path / "env" / "bin").mkdir(parents=True)
-    (tmp_path / "env" / "bin" / "python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
-    (tmp_path / "env" / "bin" / "python").chmod(0o755)
-    done = subprocess.run(
-        ["bash", tmp_path / "command.sh", "demo"],
-        env=OUTSIDE | {"VIRTUAL_ENV": str(tmp_path / "env")},
-        capture_output=True,
-        text=True,
-    )
+def test_in_the_demo_sskd_is_above_the_same_student_alone(place):
+    root, run = place
+    (root / "experiments").mkdir()
+    for name in ("teacher.py", "student.py", "experiments/table.py"):
+        (root / name).symlink_to(ROOT / name)
+    (root / "env" / "bin" / "python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    done = run("demo")
     assert (done.returncode, done.stderr) == (0, "")
-    results = {
-        path.parent.name: json.loads(path.read_text()) for path in tmp_path.glob("experiments/demo/*/result.json")
-    }
+    results = {path.parent.name: json.loads(path.read_text()) for path in root.glob("experiments/demo/*/result.json")}
     teacher_acc, alone, sskd = (
         next(result["best_acc"] for name, result in results.items() if name.startswith(start))
         for start in ("teacher_resnet14_", "teacher_resnet8_", "sskd_")
     )
     assert teacher_acc > sskd > alone + 4
-    table = done.stdout[done.stdout.index("finished") :]
-    assert all(f"{acc:.2f} (1)" in table for acc in (teacher_acc, alone, sskd))
 
 
-# -------------------------------------------------------------------------------------------------------------- set-up
+# -------------------------------------------------------------------------------------------------------- environments
 
 
-@pytest.fixture
-def bare(place):
-    """The same without an active environment: `python3` is the stand-in and has nothing that is needed."""
+def test_a_bare_machine_gets_a_venv_and_all_requirements_once(bare):
+    root, run = bare
+    for _ in range(2):
+        assert run("test", "-k", "some name").returncode == 0
+    assert record(root, "-m venv") == ["--clear .venv"]
+    assert installs(root) == [" ".join(f"-r{name}" for name in REQUIREMENTS)]
+    calls = ["-m ruff check .", "-m ruff format --check .", "-m pytest -n auto --maxprocesses 8 -k some name"]
+    assert record(root, "begin") == calls * 2
+
+
+@pytest.mark.parametrize(("fail", "status"), [("some", 3), ("", 0)])
+def test_the_slow_tests_take_further_words_and_give_the_exit_status(place, fail, status):
     root, run = place
-    (root / "env" / "bin" / "complete").unlink()
-    (root / "env" / "bin" / "python").rename(root / "env" / "bin" / "python3")
-    path = f"{root / 'env' / 'bin'}:{OUTSIDE['PATH']}"
-    return root, lambda *words, **more: run(*words, VIRTUAL_ENV="", PATH=path, **more)
+    assert run("test-slow", "-k", "some", FAIL=fail).returncode == status
+    assert record(root, "begin") == ["-m pytest -m slow -k some"]
 
 
-def installs(root):
-    return [line.partition(" -r")[2].split(" -r") for line in record(root, ".venv/bin/python install")]
+@pytest.mark.parametrize("fail", ["check", "--check", "pytest"])
+def test_a_failure_of_lint_or_tests_is_the_exit_status(place, fail):
+    assert place[1]("test", FAIL=fail).returncode == 3
 
 
-def test_a_bare_machine_gets_a_venv_once(bare):
+@pytest.mark.parametrize(("moment", "venvs"), [("venv", 2), ("pip", 1)])
+def test_an_interrupted_installation_is_repaired_by_the_next_call(bare, moment, venvs):
     root, run = bare
-    assert run("setup").returncode == 0
-    done = run("test", "-k", "name")
-    assert done.returncode == 0
-    assert record(root, "venv") == [".venv"]
-    assert installs(root) == [["requirements.txt"]]
-    assert not (root / ".venv" / "unfinished").exists()
-    ruff, form, tests = record(root, "begin")
-    assert (ruff, form) == ("-m ruff check .", "-m ruff format --check .")
-    assert tests == "-m pytest -n auto --maxprocesses 8 -k name"
-
-
-def test_tests_install_all_requirements(bare):
-    root, run = bare
-    assert run("test-slow").returncode == 0
-    assert sorted(installs(root)[0]) == ["requirements-experiments.txt", "requirements-test.txt", "requirements.txt"]
-    assert record(root, "begin") == ["-m pytest -m slow"]
-
-
-@pytest.mark.parametrize("moment", ["NO_PIP", "HALF"])
-def test_a_venv_whose_making_was_interrupted_is_made_anew(bare, moment):
-    root, run = bare
-    assert run("setup", **{moment: "1"}).returncode == -signal.SIGKILL
+    assert run("setup", KILL=moment).returncode == -signal.SIGKILL
     assert (root / ".venv" / "bin" / "python").exists()
-    done = run("setup")
-    assert (done.returncode, done.stdout.splitlines()[-1]) == (0, ".venv/bin/python has what requirements.txt names")
-    assert record(root, "venv") == [".venv"] * 2
+    assert run("setup").stdout.splitlines()[-1] == ".venv/bin/python has everything in requirements.txt"
+    assert len(record(root, "-m venv")) == venvs
+    assert installs(root)[-1] == "-rrequirements.txt"
 
 
-def test_a_venv_whose_python_is_gone_is_made_anew(bare):
+def test_a_venv_whose_python_is_gone_is_made_again(bare):
     root, run = bare
     (root / ".venv" / "bin").mkdir(parents=True)
     (root / ".venv" / "bin" / "python").symlink_to("/nowhere/python")
     assert run("setup").returncode == 0
-    assert run("setup").returncode == 0
-    assert (record(root, "venv"), len(installs(root))) == ([".venv"], 1)
+    assert (len(record(root, "-m venv")), len(installs(root))) == (1, 1)
 
 
-def test_a_venv_that_another_call_is_making_is_left_to_it(bare):
-    root, run = bare
-    (root / ".venv").mkdir()
-    (root / ".venv" / "unfinished").write_text(f"{os.getpid()}\n")
-    done = run("setup")
-    assert done.returncode == 2
-    assert done.stderr.startswith(f"command.sh: process {os.getpid()} seems to be making .venv: wait for it")
-    assert (root / ".venv" / "unfinished").exists()
-
-
-def test_a_venv_of_ones_own_is_filled_and_never_made_anew(bare):
-    root, run = bare
-    (root / ".venv" / "bin").mkdir(parents=True)
-    shutil.copy(root / "env" / "bin" / "python3", root / ".venv" / "bin" / "python")
-    assert run("setup").returncode == 0
-    assert (record(root, "venv"), installs(root)) == ([], [["requirements.txt"]])
-
-
-def test_a_system_that_has_all_is_used_as_it_is(bare):
+def test_a_python3_that_has_everything_is_used(bare):
     root, run = bare
     (root / "env" / "bin" / "complete").touch()
     assert run().returncode == 0
@@ -322,37 +262,32 @@ def test_only_setup_installs_into_an_active_environment(place, name):
     (root / "env" / "bin" / "complete").unlink()
     active = {"VIRTUAL_ENV": ""} | {name: str(root / "env")}
     done = run("demo", **active)
-    python = root / "env" / "bin" / "python"
-    line = f"command.sh: {root / 'env'} lacks torch: {python} -m pip install -r requirements.txt\n"
-    assert (done.returncode, done.stderr, done.stdout) == (2, line, "")
+    advice = f"{root / 'env'} lacks required packages: {root / 'env'}/bin/python -m pip install -r requirements.txt"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"command.sh: {advice}\n")
     assert run("setup", **active).returncode == 0
-    assert run(**active).returncode == 0
+    assert run("demo", **active).returncode == 0
     assert not (root / ".venv").exists()
 
 
-def test_a_python_that_is_too_old_is_told_and_nothing_is_made(bare):
+@pytest.mark.parametrize("missing", [True, False])
+def test_a_missing_or_old_python_ends_in_one_line(bare, missing):
     root, run = bare
-    done = run("demo", OLD="1")
-    assert (done.returncode, done.stdout, done.stderr) == (2, "", "command.sh: python3 is older than Python 3.10\n")
+    if missing:
+        (root / "env" / "bin" / "python3").unlink()
+        (root / "env" / "bin" / "dirname").symlink_to(shutil.which("dirname"))
+    done = run("demo", OLD="1", **({"PATH": str(root / "env" / "bin")} if missing else {}))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("command.sh: python3 is missing or older than Python 3.10: ")
+    assert len(done.stderr.splitlines()) == 1
     assert not (root / ".venv").exists()
 
 
-def test_an_environment_without_python_is_told(place):
+@pytest.mark.parametrize(
+    ("line", "status"), [("numpy>=1.2", 0), ("# absent>=1", 0), ("numpy>=99.1", 2), ("no-such-package>=0.1", 2)]
+)
+def test_the_packages_and_their_versions_decide_whether_something_is_lacking(place, line, status):
     root, run = place
-    done = run("demo", VIRTUAL_ENV="/nowhere")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("command.sh: there is no /nowhere/bin/python")
-
-
-def test_what_an_environment_lacks_is_told_by_name_and_version(place):
-    root, run = place
-    there = ["-r other.txt", "# absent>=1.0", "numpy>=1.2", "numpy[extra]>=1.2,<99 ; python_version > '3'"]
-    not_there = ["numpy>=99.1", "no-such-package>=0.1"]
     python = root / "env" / "bin" / "python"
     python.write_text(f'#!/bin/sh\ncase $1 in -*) exec "{sys.executable}" "$@" ;; esac\n')  # runs no script
-    (root / "requirements.txt").write_text("\n".join(there))
-    assert run("demo").returncode == 0
-    (root / "requirements.txt").write_text("\n".join(there + not_there))
-    done = run("demo")
-    assert done.returncode == 2
-    assert "lacks numpy no-such-package: " in done.stderr
+    (root / "requirements.txt").write_text(f"-r other.txt\n\n{line}\n")
+    assert run("demo").returncode == status
