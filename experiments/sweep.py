@@ -106,8 +106,8 @@ def parse_args(argv: list[str] | None) -> Namespace:
         if len(pair) != 2 or not set(pair) <= set(NETWORKS):
             parser.error(f"--pairs: {':'.join(pair)} is not TEACHER:STUDENT, two of {', '.join(NETWORKS)}")
     scripts = Parser("All flags of the scripts; their own --help explains them")
-    for flag in sorted(set().union(*(flags_of(KNOWN[method][0]) for method in ("teacher", *args.methods)))):
-        scripts.add_argument(flag, dest=flag, nargs="*", default=SUPPRESS)
+    for flag in sorted({*REFUSED}.union(*(flags_of(KNOWN[method][0]) for method in ("teacher", *args.methods)))):
+        scripts.add_argument(flag, dest=flag, nargs="*", default=SUPPRESS, metavar="VALUE")
     args.flags = vars(scripts.parse_args(after))
     words = [word for flag, *values in args.grid for word in (f"--{flag.lstrip('-')}", *values)]
     grids, args.grid = args.grid, vars(scripts.parse_args(words))
