@@ -282,7 +282,7 @@ def test_what_becomes_of_a_run_follows_from_its_status_and_its_teacher(tmp_path,
 # ------------------------------------------------------------------------------------------------------------- on Ray
 
 # so many epochs that no run ends within the second that a sweep takes to notice a signal
-DATA = [*"--dataset synthetic --train-size 128 --test-size 32 --epoch 30 --milestones 15".split()]
+DATA = [*"--dataset synthetic --train-size 64 --test-size 16 --epoch 30 --milestones 15".split()]
 STUDENTS = [*DATA, *"--t-epoch 3 --t-milestones 2".split()]
 SWEEP = ["--pairs", "resnet8:resnet14x05", "--methods", "sskd", "--experiments", "runs"]
 TEACHER = "teacher_resnet8_seed0"
