@@ -16,7 +16,6 @@ import importlib
 import itertools
 import json
 import os
-import re
 import shlex
 import signal
 import sys
@@ -123,10 +122,10 @@ def parse_args(argv: list[str] | None) -> Namespace:
 
 @functools.cache
 def flags_of(script: str) -> set[str]:
-    """All flags of a script, taken from what its parser returns for a short command."""
-    networks = ["--arch", "vgg8"] if script == "teacher.py" else ["--t-path", "-", "--s-arch", "vgg8"]
-    parsed = SCRIPTS[script]([*networks, *(["--method", "kd"] if script == "baseline.py" else [])])
-    return {f"--{name.replace('_', '-')}" for name in vars(parsed)}
+    """All flags of a script: what its parser returns for a short command has them as attributes."""
+    pair = ["--t-path", "-", "--s-arch", "vgg8"]
+    short = {"teacher.py": ["--arch", "vgg8"], "student.py": pair, "baseline.py": ["--method", "kd", *pair]}
+    return {f"--{name.replace('_', '-')}" for name in vars(SCRIPTS[script](short[script]))}
 
 
 def make_jobs(args: Namespace) -> list[Job]:
@@ -138,7 +137,7 @@ def make_jobs(args: Namespace) -> list[Job]:
 
     def add(name: str, method: str, networks: list[str], seed: int, needed: Job | None = None) -> Job:
         for folder, varied in points(args.grid, method):
-            command = make_command(args, method, [*networks, "--seed", str(seed)], folder, varied)
+            command = make_command(args, method, networks, seed, varied, folder)
             log = args.experiments / "logs" / f"{folder}{'_' if folder else ''}{name}.log"
             job = jobs.setdefault(tuple(command), Job(log, command, needed))
         return job
@@ -185,25 +184,27 @@ def points(grid: dict[str, list[str]], method: str) -> Iterator[tuple[str, dict[
     for values in itertools.product(*(grid[flag] for flag in flags)):
         chosen = dict(zip(flags, values, strict=True))
         folder = "_".join(f"{flag[2:]}_{value}" for flag, value in chosen.items())
-        yield re.sub(r"[^\w.+-]", "-", folder), {flag: value.split() for flag, value in chosen.items()}
+        yield folder.replace(" ", "-").replace("/", "-"), {flag: value.split() for flag, value in chosen.items()}
 
 
-def make_command(args: Namespace, method: str, first: list[str], folder: str, varied: dict) -> list[str]:
-    """The script of one run and its flags: the `first`, then those after --, of the method, and of the grid."""
+def make_command(
+    args: Namespace, method: str, networks: list[str], seed: int, varied: dict[str, list[str]], folder: str
+) -> list[str]:
+    """The script of one run and its flags. `networks` ends with the network to train; `varied`, `folder`: see `points`.
+
+    Raises UserError if the script refuses the flags.
+    """
     script, own = KNOWN[method]
     unused = NOT_FOR_TEACHERS if method == "teacher" else set()
     if script == "baseline.py" and getattr(METHODS[method], "maps", True):
         unused = {"--t-features"}  # only the last feature can be stored, and this method needs maps
     shared = {flag: values for flag, values in args.flags.items() if flag in flags_of(script) - unused}
-    rate = "0.01" if set(first) & set(LOW_RATE) else "0.05"
-    flags = {"--lr": [rate], **shared, **own, **varied}
+    rate = "0.01" if networks[-1] in LOW_RATE else "0.05"
+    flags = {"--lr": [rate], "--seed": [str(seed)], **shared, **own, **varied}
     if args.experiments / folder != Path("experiments"):
         flags["--experiments"] = [str(args.experiments / folder)]
-    words = first + [word for flag, values in flags.items() for word in (flag, *values)]
-    try:
-        SCRIPTS[script](words)
-    except UserError as error:
-        raise UserError(f"{script} {shlex.join(words)}: {error}") from None
+    words = networks + [word for flag, values in flags.items() for word in (flag, *values)]
+    SCRIPTS[script](words)  # so wrong flags are found before anything starts
     return [script, *words]
 
 
