@@ -7,6 +7,7 @@ in a table. The backbone computes a view when it is first used; from then on the
 """
 
 import contextlib
+import errno
 import hashlib
 import math
 import mmap
@@ -81,23 +82,16 @@ def report_teacher(found: checkpoint.Checkpoint, network: nn.Module, data: Data,
 
 
 def doubt_about(acc: float, images: int, classes: int, reported: float | None, tested: int) -> str | None:
-    """Why to doubt a teacher with the accuracy `acc` (%) on so many test images of so many classes, or None.
+    """Why to doubt a teacher whose accuracy is `acc` (%) on so many test images of so many classes, or None.
 
     `reported` is the accuracy (%, in some checkpoints a share) in its checkpoint, on `tested` images.
     """
-
-    def error(percent: float, count: int) -> float:
-        """Three standard errors of an accuracy, in percent; four more images keep it above 0."""
-        share = (percent / 100 * count + 2) / (count + 4)
-        return 300 * math.sqrt(share * (1 - share) / count)
-
-    chance = 100 / classes
-    if acc + error(acc, images) < chance + min(chance, (100 - chance) / 5):
+    chance, noise = 100 / classes, 150 / math.sqrt(images)  # noise: three standard errors of 50 %, in percent
+    if images >= 1000 and acc < chance + noise:
         return f"near chance ({chance:.2f}): check its data set, class order and architecture"
     if reported is not None:
         reported = min(reported, 100 * reported, key=lambda x: abs(x - acc)) if reported <= 1 else reported
-        allowed = 200 / images if images == tested else error(reported, min(images, tested))
-        if abs(acc - reported) > max(1, allowed):
+        if abs(acc - reported) > max(1, 200 / images if images == tested else noise):
             return f"but {reported:.2f} in its checkpoint: check its normalisation, data set and architecture"
     return None
 
@@ -166,9 +160,9 @@ def features(args: Namespace, file: Path, identity: dict, images: Images, backbo
 class Features:
     """The teacher's last feature of any view of the training images: computed on first use, then read from a table.
 
-    An entry holds the `width` float16 features of one image and window, and a checksum of them and of the entry's
-    number. An entry with a wrong checksum is computed and written again: it may be new, half written by a process that
-    was killed, or damaged.
+    A row of the table holds the `width` float16 features of one image and window, and a checksum of them and of the
+    row's number. A row with a wrong checksum is computed and written again: it may be new, half written by a process
+    that was killed, or damaged.
 
     Args:
         images: the training images.
@@ -182,19 +176,20 @@ class Features:
 
     def __init__(self, images: Images, backbone: nn.Module, autocast: Callable, key: str, folder: Path | None):
         self.images, self.backbone, self.autocast = images, backbone, autocast
-        self.width, device = classifier(backbone).in_features, images.device
-        self.windows = len(images.windows[1])
-        self.batch = 1024 if device.type == "cuda" else 64  # one static shape, so a view's bits don't depend on others
+        self.width, self.windows = classifier(backbone).in_features, len(images.windows[1])
+        self.batch = 1024 if images.device.type == "cuda" else 64  # a static shape: a view's bits depend on no other
         generator = torch.Generator().manual_seed(int(key[:15], 16))
-        self.factors = torch.randint(-(2**63), 2**63 - 1, (self.width + 1,), generator=generator).to(device) | 1
-        shape = len(images) * self.windows, self.width + 4  # 4 words of 16 bits hold the checksum
+        factors = torch.randint(-(2**63), 2**63 - 1, (self.width + 1,), generator=generator)
+        self.factors = factors.to(images.device) | 1
+        words = self.width + 4  # 4 words of 16 bits hold the checksum
         if folder is None:
-            self.index = torch.arange(len(images), device=device)
-            self.table: MemoryTable | DiskTable = MemoryTable(shape, device)
+            self.index, self.file = torch.arange(len(images), device=images.device), None
+            self.table = _memory_table(len(images) * self.windows, words, images.device)
         else:
-            self.index = images.index
-            whole = (int(self.index.max()) + 1) * self.windows
-            self.table = DiskTable(folder / f"features_{key}.bin", whole, shape)
+            self.index, self.path = images.index, folder / f"features_{key}.bin"
+            count, own = (int(self.index.max()) + 1) * self.windows, len(images) * self.windows
+            self.table, self.file = _disk_table(self.path, count, words, own)
+            weakref.finalize(self, os.close, self.file)
 
     def batches(self, phase: str, epoch: int, views: int) -> Iterator[Batch]:
         """The batches of `Images.batches`, each completed with its feature."""
@@ -212,15 +207,15 @@ class Features:
     @torch.no_grad()
     def __call__(self, rows: Tensor, window: Tensor) -> Tensor:
         """The features of the views `window` (N, V) of the images `rows` (N,): (N, V, width) float16."""
-        entries = (self.index[rows].unsqueeze(1) * self.windows + window).flatten()
+        places = (self.index[rows].unsqueeze(1) * self.windows + window).flatten()
         rows, flat = rows.repeat_interleave(window.shape[1]), window.flatten()
-        words = self.table.read(entries)  # N·V x (width + 4)
-        unknown = (words[:, self.width :] != self.checksum(words, entries)).any(1).nonzero().squeeze(1)
+        words = self.read(places)  # N·V x (width + 4)
+        unknown = (words[:, self.width :] != self.checksum(words, places)).any(1).nonzero().squeeze(1)
         with tqdm(total=len(unknown), desc="new features", unit=" views", leave=False, disable=silent()) as bar:
             for some in unknown.split(self.batch):
                 words[some, : self.width] = self.compute(rows[some], flat[some])
-                words[some, self.width :] = self.checksum(words[some], entries[some])
-                self.table.write(entries[some], words[some])
+                words[some, self.width :] = self.checksum(words[some], places[some])
+                self.write(places[some], words[some])
                 bar.update(len(some))
         return words[:, : self.width].view(torch.float16).unflatten(0, window.shape)
 
@@ -238,88 +233,76 @@ class Features:
             raise UserError("a feature of the teacher is not finite in float16; use --t-features compute")
         return feature.view(torch.int16)
 
-    def checksum(self, words: Tensor, entries: Tensor) -> Tensor:
-        """Entries (n, width + 4), their numbers (n,) → the checksums (n, 4): an odd number of 64 bits, so never 0."""
-        parts = zip(words.split(4096), entries.split(4096), strict=True)  # their products fit in the caches
+    def checksum(self, words: Tensor, places: Tensor) -> Tensor:
+        """Rows (n, width + 4), their numbers (n,) → the checksums (n, 4): an odd number of 64 bits, so never 0."""
+        parts = zip(words.split(4096), places.split(4096), strict=True)  # their products fit in the caches
         sums = [(x[:, : self.width] * self.factors[1:]).sum(1) + (n + 1) * self.factors[0] for x, n in parts]
         return (torch.cat(sums) | 1).unsqueeze(1).view(torch.int16)
 
-
-class MemoryTable:
-    """Rows of 16-bit words on the training device, 0 at first."""
-
-    def __init__(self, shape: tuple[int, int], device: torch.device):
-        size, free = 2 * math.prod(shape), _free_memory(device)
-        if size > 0.75 * free:  # the rest is for training
-            raise UserError(
-                f"--t-features memory: the features take {_gb(size)} of the {_gb(free)} that are free on the {device}, "
-                "and training needs some; use --t-features disk or compute"
-            )
-        self.words = torch.zeros(shape, dtype=torch.int16, device=device)
-        print(f"features: up to {_gb(size)} in the memory of the {device}", flush=True)
-
-    def read(self, rows: Tensor) -> Tensor:
-        return self.words[rows]
-
-    def write(self, rows: Tensor, words: Tensor) -> None:
-        self.words[rows] = words
-
-
-class DiskTable:
-    """The same in a sparse file, which several processes read and write at once.
-
-    Args:
-        count: how many rows the file holds at least.
-        shape: how many of them this process may write, and the words per row.
-    """
-
-    def __init__(self, path: Path, count: int, shape: tuple[int, int]):
-        self.path, size = path, 2 * count * shape[1]
-        try:
-            there = path.stat().st_blocks * 512 if path.exists() else 0
-            growth, free = max(0, min(2 * math.prod(shape), size - there)), shutil.disk_usage(path.parent).free
-            if growth > free:
-                raise UserError(
-                    f"--t-features disk: {path} will grow by {_gb(growth)}, and {_gb(free)} are free there; make room, "
-                    "or use --t-features memory or compute"
-                )
-            self.file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-            weakref.finalize(self, os.close, self.file)
-            if os.fstat(self.file).st_size < size:
-                os.pwrite(self.file, b"\0", size - 1)  # ftruncate might cut off what another process has just added
-            mapped = mmap.mmap(self.file, size, access=mmap.ACCESS_READ)
-            mapped.madvise(mmap.MADV_RANDOM)  # else the system reads ahead, and fills memory with unused entries
-        except OSError as error:
-            raise UserError(f"{path} cannot be used: {error.strerror}; --t-features memory needs no file") from error
-        self.words = np.frombuffer(mapped, np.int16).reshape(count, shape[1])
-        print(f"features: {path}, {_gb(there)} of up to {_gb(size)}", flush=True)
-
-    def read(self, rows: Tensor) -> Tensor:
-        ascending, order = rows.cpu().sort()
+    def read(self, places: Tensor) -> Tensor:
+        """The rows at `places` (n,), on the device of the images."""
+        if self.file is None:
+            return self.table[places]
+        ascending, order = places.cpu().sort()
         with ThreadPoolExecutor(16) as pool:  # parallel requests make a disk 10 times as fast
-            parts = pool.map(lambda part: self.words.take(part, 0), np.array_split(ascending.numpy(), 16))
+            parts = pool.map(lambda part: self.table.take(part, 0), np.array_split(ascending.numpy(), 16))
             words = torch.from_numpy(np.concatenate(list(parts)))
-        return torch.empty_like(words).index_copy_(0, order, words).to(rows.device)
+        return torch.empty_like(words).index_copy_(0, order, words).to(places.device)
 
-    def write(self, rows: Tensor, words: Tensor) -> None:
+    def write(self, places: Tensor, words: Tensor) -> None:
+        """Writes rows at `places` (n,).
+
+        Raises:
+            Fault: the disk is full.
+        """
+        if self.file is None:
+            self.table[places] = words
+            return
         try:
-            for row, content in zip(rows.tolist(), words.cpu().numpy(), strict=True):
+            for place, content in zip(places.tolist(), words.cpu().numpy(), strict=True):
                 # not through the mapping: on a full disk that would kill the process
-                if os.pwrite(self.file, content, row * content.nbytes) < content.nbytes:
-                    raise OSError(28, "No space left on device")
+                if os.pwrite(self.file, content, place * content.nbytes) < content.nbytes:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             raise Fault(f"{self.path} could not be written: {error.strerror}; what it holds stays valid") from error
 
 
-def _free_memory(device: torch.device) -> int:
-    """Free bytes on the device; on a CPU the RAM that can be used without swapping."""
+def _memory_table(count: int, words: int, device: torch.device) -> Tensor:
+    """Zeros (count, words) of 16 bits on the device."""
+    size, free = 2 * count * words, math.inf
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    with contextlib.suppress(OSError):  # Linux
-        return int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1]) * 1024
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        free = torch.cuda.mem_get_info(device)[0]
+    elif (info := Path("/proc/meminfo")).exists():  # Linux: what can be used without swapping
+        free = int(re.search(r"MemAvailable:\s+(\d+)", info.read_text())[1]) * 1024
+    if size > 0.75 * free:  # the rest is for training
+        raise UserError(
+            f"--t-features memory: the features take {size / 1e9:.1f} GB of the {free / 1e9:.1f} GB that are free on "
+            f"the {device}, and training needs some; use --t-features disk or compute"
+        )
+    print(f"features: up to {size / 1e9:.1f} GB in the memory of the {device}", flush=True)
+    return torch.zeros(count, words, dtype=torch.int16, device=device)
 
 
-def _gb(size: int) -> str:
-    unit, name = (1e9, "GB") if size >= 1e9 else (1e6, "MB") if size >= 1e6 else (1e3, "kB")
-    return f"{size / unit:.{1 if size < 10 * unit else 0}f} {name}"
+def _disk_table(path: Path, count: int, words: int, own: int) -> tuple[np.ndarray, int]:
+    """The file at `path`, at least (count, words) of 16 bits, mapped for reading, and its descriptor for writing.
+
+    The file is sparse, and several processes read and write it at once; this one writes at most `own` rows.
+    """
+    size = 2 * count * words
+    try:
+        there = path.stat().st_blocks * 512 if path.exists() else 0
+        growth, free = max(0, min(2 * own * words, size - there)), shutil.disk_usage(path.parent).free
+        if growth > free:
+            raise UserError(
+                f"--t-features disk: {path} will grow by {growth / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free "
+                "there; make room, or use --t-features memory or compute"
+            )
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        if os.fstat(file).st_size < size:
+            os.pwrite(file, b"\0", size - 1)  # ftruncate might cut off what another process has just added
+        mapped = mmap.mmap(file, size, access=mmap.ACCESS_READ)
+        mapped.madvise(mmap.MADV_RANDOM)  # else the system reads ahead, and fills memory with unused rows
+    except OSError as error:
+        raise UserError(f"{path} cannot be used: {error.strerror}; --t-features memory needs no file") from error
+    print(f"features: {path}, {there / 1e9:.1f} of up to {size / 1e9:.1f} GB", flush=True)
+    return np.frombuffer(mapped, np.int16).reshape(count, words), file
