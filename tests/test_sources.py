@@ -293,9 +293,9 @@ def test_class_folders_are_read_with_their_classes_and_statistics(side, test, ro
     assert capfd.readouterr() == ("", "")
 
 
-def save(file, *size, mode="RGB"):
+def save(file, mode="RGB"):
     file.parent.mkdir(exist_ok=True)
-    Image.new(mode, size or (40, 40)).save(file)
+    Image.new(mode, (40, 40)).save(file)
 
 
 @pytest.mark.parametrize(
@@ -306,14 +306,8 @@ def save(file, *size, mode="RGB"):
         (lambda root: save(root / "test/fox/a.png"), "class fox is in .*test but not in .*train"),
         (lambda root: (root / "train/fox").mkdir(), "train/fox holds no image"),
         (lambda root: [shutil.rmtree(x) for x in root.glob("*/[de]*")], "has 1 class folders, needs at least 2"),
-        (
-            lambda root: [x.write_bytes(b"a") for x in root.glob("train/cat/[ab].*")],
-            r"a\.JPG \(.*\), .*b\.bmp \(.*\): ca",
-        ),
-        (
-            lambda root: save(root / "train/cat/f.tiff", mode="F"),
-            r"f\.tiff \(floating-point pixels have no known range\)",
-        ),
+        (lambda root: [x.write_bytes(b"a") for x in root.glob("train/cat/[ab].*")], "a.JPG .*b.bmp .*: cannot be read"),
+        (lambda root: save(root / "train/cat/f.tiff", "F"), r"f.tiff \(floating-point pixels have no known range\)"),
     ],
 )
 def test_class_folders_that_cannot_be_used_are_refused(change, says, root):
@@ -467,7 +461,7 @@ def test_own_images_are_trained_distilled_evaluated_and_exported(tmp_path, monke
     flags = "--dataset folder --data-root own --side 64 --val-fraction 0.3 --batch-size 8 --epoch 1 --milestones 1"
     teacher.main(["--arch", "resnet8", *flags.split()])
     words = "--t-path experiments/teacher_resnet8_val0.3_seed0 --s-arch resnet14x05 --t-epoch 1 --t-milestones 1"
-    student.main([*words.split(), *flags.split(), "--export", "s.pt2"])
+    student.main([*words.split(), *flags.split()])
     (distilled,) = (tmp_path / "experiments").glob("sskd_student_resnet14x05_*_val0.3_*")
     capsys.readouterr()
     teacher.main(["--evaluate", str(distilled), "--data-root", "own"])  # the checkpoint says the rest
@@ -476,11 +470,10 @@ def test_own_images_are_trained_distilled_evaluated_and_exported(tmp_path, monke
     source = sources.read("folder", "own", 64)
     images = cifar.Images(source.test, (source.mean, source.std), "cpu")
     logits = models.load(distilled, num_classes=3).eval()(next(images.test_batches(1)).x)
+    shutil.rmtree("own")
+    student.main(["--s-path", str(distilled), "--export", "s.pt2"])  # needs no image
     exported = torch.export.load("s.pt2").module()
     torch.testing.assert_close(exported(images.pixels.permute(0, 3, 1, 2) / 255), logits, rtol=1e-4, atol=1e-4)
-    shutil.rmtree("own")
-    student.main(["--s-path", str(distilled), "--export", "again.pt2"])  # needs no image
-    assert (tmp_path / "again.pt2").exists()
 
 
 def test_a_run_knows_its_images_in_another_place_and_refuses_others(root, tmp_path, monkeypatch, capsys, fails):
