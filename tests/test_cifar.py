@@ -1,4 +1,4 @@
-"""cifar.py against NumPy and torchvision; what it reads is tested in test_sources.py."""
+"""cifar.py against NumPy and torchvision."""
 
 import functools
 from collections import Counter
@@ -12,214 +12,180 @@ from torchvision.transforms import functional as tvf
 
 import cifar
 import teacher
+from harness import sources
+from harness.flags import UserError
+from harness.sources import Split
 
-
-def random_pixels(count, seed=0):
-    return torch.from_numpy(np.random.default_rng(seed).integers(0, 256, (count, 32, 32, 3), dtype=np.uint8))
+STATISTICS = sources.STATISTICS["cifar100"]
 
 
 @pytest.fixture(scope="module", autouse=True)
 def drawn_once():
-    """The synthetic images take a second to draw; here they are drawn once."""
+    """Generating the synthetic images takes a second; here it happens once."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cifar, "synthetic", functools.cache(cifar.synthetic))
+        patch.setattr(sources, "synthetic", functools.cache(sources.synthetic))
         yield
 
 
-def load(name, root, *flags):
-    """What `cifar.load` makes of the flags of a teacher."""
-    args = teacher.parse_args(["--arch", "resnet8", "--dataset", name, "--data-root", str(root), *flags])
-    data = cifar.load(args, "cpu")
-    assert data.val is data.test or args.val_fraction is not None
-    return data.train, data.test
+def load(*words):
+    """What `cifar.load` makes of the synthetic images and these flags."""
+    args = teacher.parse_args(["--arch", "resnet8", "--dataset", "synthetic", *map(str, words)])
+    return cifar.load(sources.read_for(args, {}), args, "cpu")
 
 
-def images(count=10, batch_size=4, seed=3):
-    statistics = cifar.STATISTICS["cifar100"]
-    return cifar.Images(random_pixels(count), torch.arange(count), statistics, "cpu", batch_size, seed)
+def images(count=10, side=32):
+    pixels = np.random.default_rng(0).integers(0, 256, (count, side, side, 3), dtype=np.uint8)
+    return cifar.Images(Split(torch.from_numpy(pixels), torch.arange(count)), STATISTICS, "cpu", 4, seed=3)
 
 
-def decode(window):
-    """(flip, turn, top, left) of a window's number."""
-    return int(window) // 324, int(window) // 81 % 4, int(window) // 9 % 9, int(window) % 9
-
-
-def expected_view(image, flip, turn, top, left):
-    """One view of a side × side image by torchvision and NumPy: (3, side, side) uint8."""
+def expected_view(image, window):
+    """A view of a side × side image, by torchvision and NumPy: (3, side, side) uint8."""
     side = len(image)
+    shifts = 2 * (side // 8) + 1
+    window, left = divmod(int(window), shifts)
+    window, top = divmod(window, shifts)
+    flip, turn = divmod(window, 4)
     picture = image.permute(2, 0, 1)
     if flip:
         picture = tvf.hflip(picture)
-    picture = torch.from_numpy(np.rot90(picture.permute(1, 2, 0).numpy(), turn).copy()).permute(2, 0, 1)
+    picture = torch.from_numpy(np.rot90(picture, turn, (1, 2)).copy())
     return tvf.crop(tvf.pad(picture, side // 8), top, left, side, side)
 
 
-@pytest.mark.parametrize("turn", range(4))
-@pytest.mark.parametrize("flip", range(2))
-def test_every_view_is_a_flip_a_rotation_and_a_crop(flip, turn):
-    pixels = random_pixels(81)
-    top, left = (x.flatten() for x in torch.meshgrid(torch.arange(9), torch.arange(9), indexing="ij"))
-    window = ((flip * 4 + turn) * 9 + top) * 9 + left
-    views = cifar.cut(cifar.pad(pixels), cifar.windows(), window[:, None])
-    for i in range(81):
-        assert torch.equal(views[i], expected_view(pixels[i], flip, turn, int(top[i]), int(left[i])))
+def normalised(pixels):
+    return tvf.normalize(pixels.float() / 255, *STATISTICS)
 
 
-def test_images_of_64_pixels_have_17_times_17_crops():
-    pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (20, 64, 64, 3), dtype=np.uint8))
-    data = cifar.Images(pixels, torch.arange(20), cifar.STATISTICS["cifar100"], "cpu")
-    batch = next(data.batches("student", 1, 4))
-    per_turn = 17 * 17
-    assert len(data.windows[1]) == 8 * per_turn
-    for row, window in enumerate(batch.window.flatten().tolist()):
-        flip, turn, crop = window // per_turn // 4, window // per_turn % 4, window % per_turn
-        raw = expected_view(pixels[batch.rows[row // 4]], flip, turn, crop // 17, crop % 17)
-        assert torch.equal(batch.x[row], tvf.normalize(raw.float() / 255, *cifar.STATISTICS["cifar100"]))
-    whole = next(data.test_batches(1)).x
-    assert torch.equal(whole[3], tvf.normalize(tvf.to_tensor(pixels[3].numpy()), *cifar.STATISTICS["cifar100"]))
-    assert cifar.draw(4000, 4, 0, "student", 1, side=64).window.max() > 7.9 * per_turn
+def test_each_of_the_648_windows_is_a_flip_a_rotation_and_a_crop():
+    data = images(1)
+    views = cifar.cut(cifar.pad(data.pixels), data.windows, torch.arange(648)[None])
+    for window, view in enumerate(views):
+        assert torch.equal(view, expected_view(data.pixels[0], window))
 
 
+@pytest.mark.parametrize("side", [32, 64])
 @pytest.mark.parametrize("count_views", [1, 4])
-def test_a_training_epoch_equals_torchvision_on_the_same_draws(count_views):
-    data = images()
-    draws = cifar.draw(10, count_views, seed=3, phase="student", epoch=2)
+def test_a_training_epoch_equals_torchvision_on_the_same_draws(count_views, side):
+    data = images(side=side)
+    draws = cifar.draw(10, count_views, seed=3, phase="student", epoch=2, side=side)
     batches = list(data.batches("student", 2, count_views))
     assert [len(batch.target) for batch in batches] == [4, 4, 2]
     assert torch.equal(torch.cat([batch.target for batch in batches]), draws.order)
     assert torch.equal(torch.cat([batch.rows for batch in batches]), draws.order)
-    assert torch.equal(torch.cat([batch.window for batch in batches]), draws.window)
+    assert all(batch.x.is_contiguous(memory_format=torch.channels_last) for batch in batches)
     views = torch.cat([batch.x for batch in batches])
     for row, window in enumerate(draws.window.flatten()):
-        raw = expected_view(data.pixels[draws.order[row // count_views]], *decode(window))
-        expected = tvf.normalize(raw.float() / 255, *cifar.STATISTICS["cifar100"])
-        assert torch.equal(views[row], expected)
+        raw = expected_view(data.pixels[draws.order[row // count_views]], window)
+        assert torch.equal(views[row], normalised(raw))
 
 
-def test_test_views_are_whole_images_rotated_as_numpy_rotates():
+@pytest.mark.parametrize("side", [32, 64])
+@pytest.mark.parametrize(("count_views", "sizes"), [(1, [16, 4]), (4, [4] * 5)])
+def test_test_views_are_whole_images_rotated_as_numpy_rotates(count_views, sizes, side):
+    data = images(20, side)
+    batches = list(data.test_batches(count_views))
+    assert [len(batch.target) for batch in batches] == sizes
+    assert torch.equal(torch.cat([batch.target for batch in batches]), torch.arange(20))
+    for row, view in enumerate(torch.cat([batch.x for batch in batches])):
+        turned = np.rot90(data.pixels[row // count_views], row % count_views).copy()
+        assert torch.equal(view, normalised(torch.from_numpy(turned).permute(2, 0, 1)))
+
+
+def test_brightness_undoes_the_normalising():
     data = images()
-    batches = list(data.test_batches(4))
-    assert [len(batch.target) for batch in batches] == [4, 4, 2]
-    views = torch.cat([batch.x for batch in batches])
-    assert torch.equal(torch.cat([batch.target for batch in batches]), torch.arange(10))
-    for row in range(40):
-        turned = np.rot90(data.pixels[row // 4].numpy(), row % 4).copy()
-        expected = tvf.normalize(tvf.to_tensor(turned), *cifar.STATISTICS["cifar100"])
-        assert torch.equal(views[row], expected)
+    whole = data.brightness(next(data.test_batches(1)).x)
+    torch.testing.assert_close(whole, data.pixels.permute(0, 3, 1, 2) / 255)
 
 
-def test_a_test_batch_has_as_many_views_whether_rotated_or_not():
-    assert [len(next(images().test_batches(views)).x) for views in (1, 4)] == [10, 16]
-    assert len(next(images(20).test_batches(1)).x) == 16
-
-
-def test_views_share_their_flip_but_not_their_crop():
-    window = cifar.draw(500, 4, 0, "student", 1).window
-    flips = window // 324
-    assert (flips == flips[:, :1]).all()
-    assert 0.4 < flips.float().mean() < 0.6
-    assert torch.equal(window // 81 % 4, torch.arange(4).expand(500, 4))
-    crops = window % 81
-    assert set(crops.flatten().tolist()) == set(range(81))
-    assert (crops != crops[:, :1]).any(1).float().mean() > 0.95
+@pytest.mark.parametrize(("side", "shifts"), [(32, 9), (64, 17)])
+def test_views_share_their_flip_but_not_their_crop(side, shifts):
+    window = cifar.draw(1000, 4, 0, "student", 1, side).window
+    flip, turn, crop = window // shifts**2 // 4, window // shifts**2 % 4, window % shifts**2
+    assert (flip == flip[:, :1]).all()
+    assert 0.4 < flip.float().mean() < 0.6
+    assert torch.equal(turn, torch.arange(4).expand(1000, 4))
+    assert len(crop.unique()) == shifts**2
+    assert (crop != crop[:, :1]).any(1).float().mean() > 0.95
 
 
 def test_padding_is_black_before_normalising():
-    data = cifar.Images(torch.full((1, 32, 32, 3), 255).byte(), torch.zeros(1), cifar.STATISTICS["cifar100"], "cpu")
-    view = data.views(torch.tensor([0]), torch.tensor([[0]]))[0]  # the crop that starts in the corner of the border
-    mean, std = (torch.tensor(x) for x in cifar.STATISTICS["cifar100"])
+    white = Split(torch.full((1, 32, 32, 3), 255, dtype=torch.uint8), torch.zeros(1))
+    view = cifar.Images(white, STATISTICS, "cpu").views(torch.tensor([0]), torch.tensor([[0]]))[0]  # a corner
+    mean, std = (torch.tensor(values) for values in STATISTICS)
     assert torch.equal(view[:, 0, 0], -mean / std)
     assert torch.equal(view[:, 31, 31], (1 - mean) / std)
 
 
 def test_draws_follow_from_seed_phase_and_epoch_alone():
-    torch.manual_seed(1)
-    first = cifar.draw(50, 4, 0, "student", 1)
-    torch.manual_seed(2)
-    again = cifar.draw(50, 4, 0, "student", 1)
+    draws = []
+    for i, names in enumerate(
+        [(0, "student", 1), (0, "student", 1), (1, "student", 1), (0, "ss_head", 1), (0, "student", 2)]
+    ):
+        torch.manual_seed(i)
+        draws.append(cifar.draw(50, 4, *names))
+        assert torch.equal(draws[i].order.sort().values, torch.arange(50))
+    first, again, *others = draws
     assert torch.equal(first.order, again.order)
     assert torch.equal(first.window, again.window)
-    for other in (
-        cifar.draw(50, 4, 1, "student", 1),
-        cifar.draw(50, 4, 0, "ss_head", 1),
-        cifar.draw(50, 4, 0, "student", 2),
-    ):
+    for other in others:
         assert not torch.equal(first.order, other.order)
         assert not torch.equal(first.window, other.window)
 
 
-def test_an_epoch_sees_every_image_once():
-    draws = cifar.draw(1000, 1, 0, "teacher", 1)
-    assert torch.equal(draws.order.sort().values, torch.arange(1000))
+@pytest.mark.parametrize(("train", "count"), [(True, 10_000), (False, 2_000)])
+def test_synthetic_images_are_always_the_same_and_balanced(train, count):
+    pixels, labels = sources.synthetic(train, None)
+    assert pixels.shape == (count, 32, 32, 3)
+    assert labels.bincount().tolist() == [count // 100] * 100
+    first = sources.synthetic.__wrapped__(train, 150)
+    assert torch.equal(first.pixels, pixels[:150])
+    assert torch.equal(first.labels, labels[:150])
+    assert not torch.equal(first.pixels, sources.synthetic(not train, None).pixels[:150])
 
 
-def test_views_are_channels_last_float32():
-    x = next(images().batches("student", 1, 4)).x
-    assert x.shape == (16, 3, 32, 32)
-    assert x.dtype == torch.float32
-    assert x.is_contiguous(memory_format=torch.channels_last)
-
-
-def test_synthetic_data_is_always_the_same_and_balanced():
-    (pixels, labels), (again, _) = cifar.synthetic(True), cifar.synthetic.__wrapped__(True)
-    assert torch.equal(pixels, again)
-    assert pixels.shape == (10_000, 32, 32, 3)
-    assert set(Counter(labels.tolist()).values()) == {100}
-    test_pixels, test_labels = cifar.synthetic(False)
-    assert test_pixels.shape == (2_000, 32, 32, 3)
-    assert set(Counter(test_labels.tolist()).values()) == {20}
-    assert not torch.equal(pixels[:2000], test_pixels)
+# ------------------------------------------------------------------------------------------------ the flags of the data
 
 
 def test_sizes_keep_the_first_images_of_every_class():
-    train, test = load("synthetic", "nowhere", "--train-size", "7", "--test-size", "3")
-    assert torch.equal(train.pixels, cifar.synthetic(True)[0][:7])
-    assert torch.equal(test.labels, cifar.synthetic(False)[1][:3])
-    assert len(set(train.labels.tolist())) == 7
-    assert train.index.tolist() == list(range(7))
-    with pytest.raises(cifar.DataError, match="synthetic has 2000 such images"):
-        load("synthetic", "nowhere", "--test-size", "2001")
+    data = load("--train-size", 7, "--test-size", 3)
+    assert torch.equal(data.train.pixels, sources.synthetic(True, None).pixels[:7])
+    assert torch.equal(data.test.labels, sources.synthetic(False, None).labels[:3])
+    assert data.train.index.tolist() == list(range(7))
+    assert data.val is data.test
+    assert (data.about["dataset"], data.about["classes"], data.about["tested"]) == ("synthetic", 100, 3)
+    with pytest.raises(UserError, match="--test-size 2001: synthetic has 2000 such images"):
+        load("--test-size", 2001)
 
 
 @pytest.mark.parametrize("fraction", [0.25, 0.5, 0.75])
 def test_few_shot_keeps_the_same_share_of_every_class(fraction):
-    train, test = load("synthetic", "nowhere", "--few-shot", str(fraction))
-    assert Counter(train.labels.tolist()) == {label: round(100 * fraction) for label in range(100)}
-    again, _ = load("synthetic", "nowhere", "--few-shot", str(fraction))
-    assert torch.equal(train.pixels, again.pixels)
-    other, _ = load("synthetic", "nowhere", "--few-shot", str(fraction), "--seed", "1")
-    assert not torch.equal(train.pixels, other.pixels)
-    assert torch.equal(test.pixels, cifar.synthetic(False)[0])
+    data, whole = load("--few-shot", fraction), load()
+    assert data.train.labels.bincount().tolist() == [round(100 * fraction)] * 100
+    assert len(data.train.index.unique()) == len(data.train)
+    assert torch.equal(data.train.pixels, whole.train.pixels[data.train.index])
+    assert torch.equal(data.train.labels, whole.train.labels[data.train.index])
+    assert torch.equal(data.test.pixels, whole.test.pixels)
+    assert torch.equal(load("--few-shot", fraction).train.index, data.train.index)
+    assert not torch.equal(load("--few-shot", fraction, "--seed", 1).train.index, data.train.index)
 
 
-def test_few_shot_keeps_images_with_their_labels():
-    whole, _ = load("synthetic", "nowhere")
-    kept = cifar.few_shot(whole.labels, 0.25, seed=0)
-    train, _ = load("synthetic", "nowhere", "--few-shot", "0.25")
-    assert len(set(kept.tolist())) == len(kept) == 2500
-    assert torch.equal(train.pixels, whole.pixels[kept])
-    assert torch.equal(train.labels, whole.labels[kept])
-    rare = torch.tensor([0] * 10 + [1])
-    assert cifar.few_shot(rare, 0.1, seed=0).tolist()[-1] == 10  # at least one of each
+def test_few_shot_keeps_at_least_one_image_of_a_class():
+    assert cifar.few_shot(torch.tensor([0] * 10 + [1]), 0.1, seed=0).tolist()[-1] == 10
 
 
 @pytest.mark.parametrize("fraction", [0.1, 0.3, 0.5, 1.0])
 def test_label_noise_gives_exactly_that_share_another_label(fraction):
-    train, test = load("synthetic", "nowhere", "--label-noise", str(fraction))
-    true = cifar.synthetic(True)[1]
-    changed = train.labels != true
+    data, (pixels, true) = load("--label-noise", fraction), sources.synthetic(True, None)
+    changed = data.train.labels != true
     assert changed.sum() == 10_000 * fraction
-    assert train.labels.min() >= 0
-    assert train.labels.max() < 100
-    shifts = Counter(((train.labels - true) % 100)[changed].tolist())
-    assert set(shifts) == set(range(1, 100))  # every other class, none twice as often as it should
-    assert max(shifts.values()) < 2 * changed.sum().item() / 99
-    again, _ = load("synthetic", "nowhere", "--label-noise", str(fraction))
-    assert torch.equal(train.labels, again.labels)
-    other, _ = load("synthetic", "nowhere", "--label-noise", str(fraction), "--seed", "1")
-    assert not torch.equal(train.labels, other.labels)
-    assert torch.equal(train.pixels, cifar.synthetic(True)[0])
-    assert torch.equal(test.labels, cifar.synthetic(False)[1])
+    shifts = Counter(((data.train.labels - true) % 100)[changed].tolist())
+    assert set(shifts) == set(range(1, 100))
+    assert max(shifts.values()) < 2 * changed.sum() / 99  # no other class comes twice as often as it should
+    assert data.train.labels.min() >= 0 and data.train.labels.max() < 100
+    assert torch.equal(load("--label-noise", fraction).train.labels, data.train.labels)
+    assert not torch.equal(load("--label-noise", fraction, "--seed", 1).train.labels, data.train.labels)
+    assert torch.equal(data.train.pixels, pixels)
+    assert torch.equal(data.test.labels, sources.synthetic(False, None).labels)
 
 
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=40), st.integers(1, 40))
@@ -238,41 +204,37 @@ def test_a_sample_is_fair_and_takes_the_first_images(labels, size):
         assert kept == list(range(size))
 
 
-def val_split(*flags):
-    args = teacher.parse_args(["--arch", "resnet8", "--dataset", "synthetic", *flags])
-    return cifar.load(args, "cpu")
-
-
 def test_the_same_share_of_every_class_is_held_out():
-    whole = val_split()
-    data = val_split("--val-fraction", "0.1")
-    assert Counter(data.val.labels.tolist()) == dict.fromkeys(range(100), 10)
-    assert Counter(data.train.labels.tolist()) == dict.fromkeys(range(100), 90)
+    whole, data = load(), load("--val-fraction", 0.1)
+    assert data.val.labels.bincount().tolist() == [10] * 100
     assert sorted(data.train.index.tolist() + data.val.index.tolist()) == list(range(10_000))
-    for images in (data.train, data.val):
-        assert torch.equal(images.pixels, whole.train.pixels[images.index])
-        assert torch.equal(images.labels, whole.train.labels[images.index])
+    for part in (data.train, data.val):
+        assert torch.equal(part.pixels, whole.train.pixels[part.index])
+        assert torch.equal(part.labels, whole.train.labels[part.index])
     assert torch.equal(data.test.pixels, whole.test.pixels)
-    assert torch.equal(val_split("--val-fraction", "0.1").val.index, data.val.index)
-    assert not torch.equal(val_split("--val-fraction", "0.1", "--seed", "1").val.index, data.val.index)
+    assert data.about["tested"] == 1000
+    assert torch.equal(load("--val-fraction", 0.1).val.index, data.val.index)
+    assert not torch.equal(load("--val-fraction", 0.1, "--seed", 1).val.index, data.val.index)
 
 
 def test_images_are_held_out_before_few_shot_and_label_noise():
-    data = val_split("--val-fraction", "0.1")
-    few = val_split("--val-fraction", "0.1", "--few-shot", "0.5", "--label-noise", "0.5")
+    data, few = load("--val-fraction", 0.1), load("--val-fraction", 0.1, "--few-shot", 0.5, "--label-noise", 0.5)
     assert torch.equal(few.val.index, data.val.index)
     assert torch.equal(few.val.labels, data.val.labels)
-    assert Counter(val_split("--val-fraction", "0.1", "--few-shot", "0.5").train.labels.tolist()) == dict.fromkeys(
-        range(100), 45
-    )
     assert not set(few.train.index.tolist()) & set(few.val.index.tolist())
-    true = cifar.synthetic(True)[1][few.train.index]
+    true = sources.synthetic(True, None).labels[few.train.index]
+    assert true.bincount().tolist() == [45] * 100
     assert (few.train.labels != true).sum() == 2250
 
 
 def test_a_class_keeps_an_image_to_train_on():
-    data = val_split("--train-size", "150", "--val-fraction", "0.9")
-    assert len(set(data.train.labels.tolist())) == 100
+    data = load("--train-size", 150, "--val-fraction", 0.9)
+    assert len(data.train.labels.unique()) == 100
     assert len(data.val) == 50
-    with pytest.raises(cifar.DataError, match="--val-fraction 0.5: no class has two training images"):
-        val_split("--train-size", "100", "--val-fraction", "0.5")
+    with pytest.raises(UserError, match="--val-fraction 0.5: no class has two training images"):
+        load("--train-size", 100, "--val-fraction", 0.5)
+
+
+def test_a_batch_larger_than_the_data_set_gets_a_warning(capsys):
+    assert len(next(load("--train-size", 5, "--batch-size", 6).train.batches("teacher", 1, 1)).target) == 5
+    assert "--batch-size 6 is more than the 5 training images: an epoch is one step" in capsys.readouterr().err

@@ -1,21 +1,22 @@
-"""utils.py: SGD, meters, an epoch of training and of testing."""
+"""utils.py: SGD, meters, evaluation, the sizes of networks."""
 
 import copy
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, end_of
+from conftest import TINY
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 import cifar
 import models
 import teacher
 import utils
+from harness import sources
+from harness.flags import Fault
 from wrapper import Wrapper
 
-CPU = torch.device("cpu")
+AUTOCAST = utils.precision("off", torch.device("cpu"))
 
 
 def flags(*words):
@@ -52,7 +53,7 @@ def test_a_restored_sgd_goes_on_as_the_saved_one():
         first.step((a**2).sum())
         first.end_epoch()
     second = utils.SGD([b], 0.1, [1, 3], args)
-    second.load_state_dict(copy.deepcopy(first.state_dict()))  # from a disk it comes as a copy
+    second.load_state_dict(copy.deepcopy(first.state_dict()))  # as read from a file
     b.data.copy_(a.data)
     for _ in range(3):
         for sgd, weight in ((first, a), (second, b)):
@@ -83,7 +84,7 @@ def test_a_meter_names_the_first_step_and_the_term_for_which_the_loss_is_not_fin
     for step in range(1, 6):
         bad = value if step == 3 else 1
         meter.add(2, scalar(bad), {"ce": scalar(1), "kd": scalar(bad), "tf": scalar(value if step == 4 else 1)})
-    with pytest.raises(utils.Fault, match=r"^student epoch 7, step 3: kd is not finite"):
+    with pytest.raises(Fault, match=r"^student epoch 7, step 3: kd is not finite"):
         meter.means()
 
 
@@ -93,55 +94,37 @@ def test_a_term_that_is_no_part_of_the_loss_may_be_anything():
     assert meter.means()["ce"] == 1
 
 
-def test_accuracy_is_exact():
-    scores = torch.eye(7)[[0, 1, 2, 3, 4, 5, 0]]
-    assert utils.accuracy(scores, torch.arange(7)).item() == pytest.approx(600 / 7, rel=1e-15)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_top_5_ranks_equal_scores_in_the_order_of_their_columns(dtype):
-    scores = torch.randint(4, (200, 9), generator=torch.Generator().manual_seed(0)).to(dtype)  # many are equal
+@pytest.mark.parametrize("k", [1, 5])
+def test_accuracy_counts_the_rows_whose_target_is_among_the_k_best(k, dtype):
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.stack([torch.randperm(9, generator=generator) for _ in range(200)]).to(dtype)
     target = torch.arange(200) % 9
-    ranked = [sorted(range(9), key=lambda column: (-row[column], column)) for row in scores.tolist()]
-    expected = sum(int(label) in columns[:5] for columns, label in zip(ranked, target, strict=True)) / 2
-    assert utils.accuracy_top5(scores, target).item() == pytest.approx(expected, rel=1e-12)
-    assert 0 < expected < 100
+    best = [sorted(range(9), key=row.__getitem__)[-k:] for row in scores.tolist()]
+    expected = sum(int(label) in columns for columns, label in zip(best, target, strict=True)) / 2
+    assert utils.accuracy(scores, target, k).item() == pytest.approx(expected, rel=1e-12)
 
 
-# ------------------------------------------------------------------------------------------------------------ training
+# ---------------------------------------------------------------------------------------------------------- evaluation
 
 
-def linear_data(count=40, batch_size=16):
-    pixels = torch.randint(256, (count, 32, 32, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    return cifar.Images(pixels, torch.arange(count) % 3, cifar.STATISTICS["synthetic"], "cpu", batch_size)
+def data_of(classes, count=40):
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(256, (count, 32, 32, 3), generator=generator, dtype=torch.uint8)
+    split = sources.Split(pixels, torch.arange(count) % classes)
+    return cifar.Images(split, sources.STATISTICS["synthetic"], "cpu", batch_size=8)
 
 
-def test_an_epoch_is_a_step_a_batch_in_train_mode_and_its_means_are_over_images(capsys):
-    data, model = linear_data(), nn.Sequential(nn.Flatten(), nn.Linear(3072, 3)).eval()
-    sgd = utils.SGD(model.parameters(), 1e-3, [1], flags())
-    seen = []
-
-    def loss_of(batch):
-        assert model.training
-        loss = F.cross_entropy(model(batch.x), batch.target)
-        seen.append((len(batch.target), loss.item()))
-        return loss, {"cls_loss": loss}
-
-    means = utils.train_epoch(model, loss_of, data.batches("teacher", 1, 1), sgd, len(data), "epoch 1")
-    assert [rows for rows, _ in seen] == [16, 16, 8]
-    assert means == {"cls_loss": pytest.approx(sum(rows * loss for rows, loss in seen) / 40, rel=1e-6)}
-    assert capsys.readouterr().err == ""  # no bar where there is no terminal
-
-
-def test_evaluate_gives_loss_and_accuracy_over_the_whole_split():
-    data, model = linear_data(), nn.Sequential(nn.Flatten(), nn.Linear(3072, 3)).train()
-    loss, acc, top5 = utils.evaluate(model, data, utils.precision("off", CPU))
-    x = torch.cat([batch.x for batch in data.test_batches(1)])
-    logits = model(x)
+@pytest.mark.parametrize("classes", [5, 6])
+def test_evaluate_gives_loss_and_accuracies_over_the_whole_split(classes):
+    data, model = data_of(classes), nn.Sequential(nn.Flatten(), nn.Linear(3072, classes)).train()
+    loss, acc, top5 = utils.evaluate(model, data, AUTOCAST)
+    logits = model(torch.cat([batch.x for batch in data.test_batches(1)]))
     assert not model.training
     assert loss == pytest.approx(F.cross_entropy(logits, data.labels).item(), rel=1e-5)
     assert acc == pytest.approx((logits.argmax(1) == data.labels).float().mean().item() * 100)
-    assert top5 is None  # of three classes
+    last = (logits.argmin(1) == data.labels).float().mean().item() * 100  # of six classes
+    assert top5 == (None if classes == 5 else pytest.approx(100 - last))
 
 
 class Own(nn.Module):
@@ -155,71 +138,49 @@ class Own(nn.Module):
         return self.fc(self.backbone(x))
 
 
-def test_the_best_epochs_test_is_of_the_whole_network_or_of_a_wrappers_backbone():
-    test, val, autocast = linear_data(), linear_data(), utils.precision("off", CPU)
-    own, best = Own(), Own().state_dict()
-    acc = utils.test_of_best(own, {"state_dict": best}, cifar.Data(test, val, test), autocast)
-    assert all(torch.equal(own.state_dict()[name], value) for name, value in best.items())
-    assert acc == utils.evaluate(own, test, autocast).acc
-    network = Wrapper(models.model_dict["resnet8"](num_classes=3))
-    best, data = {"state_dict": network.state_dict()}, cifar.Data(test, val, test)
-    acc = utils.test_of_best(network, best, data, autocast, network.backbone)
-    assert acc == utils.evaluate(network.backbone, test, autocast).acc
-    assert utils.test_of_best(network, {}, cifar.Data(test, test, test), autocast) is None
+def test_the_test_of_the_best_epoch_is_of_the_whole_network_or_of_a_part():
+    val, test = data_of(3, 8), data_of(3)
+    data, wrapper = cifar.Data(val, val, test, {}), Wrapper(models.model_dict["resnet8"](num_classes=3))
+    for network, part in ((Own(), None), (wrapper, wrapper.backbone)):
+        best = {name: value + 1 for name, value in network.state_dict().items()}
+        acc = utils.test_of_best(network, {"state_dict": best}, data, AUTOCAST, part)
+        assert all(torch.equal(network.state_dict()[name], value) for name, value in best.items())
+        assert acc == utils.evaluate(part or network, test, AUTOCAST).acc
+    assert utils.test_of_best(wrapper, {}, cifar.Data(val, test, test, {}), AUTOCAST) is None
 
 
-def test_the_accuracies_of_the_classes_are_counted_class_by_class():
-    data, model = linear_data(), nn.Sequential(nn.Flatten(), nn.Linear(3072, 3)).train()
-    rows = utils.class_accuracies(model, data, utils.precision("off", CPU))
-    chosen = model(torch.cat([batch.x for batch in data.test_batches(1)])).argmax(1).tolist()
-    for label, (told, count, acc) in enumerate(rows):
-        of_class = [i for i in range(40) if i % 3 == label]
-        assert (told, count) == (label, len(of_class))
-        assert acc == pytest.approx(100 * sum(chosen[i] == label for i in of_class) / count)
-    assert len(rows) == 3
-
-
-# ----------------------------------------------------------------------------------------------- size of networks
-
-
-def test_multiply_adds_are_those_counted_by_hand():
-    stem, stage1 = 3 * 16 * 9 * 32**2, 2 * 16 * 16 * 9 * 32**2
-    stage2 = (16 * 32 * 9 + 32 * 32 * 9 + 16 * 32) * 16**2  # the last: the shortcut
-    stage3 = (32 * 64 * 9 + 64 * 64 * 9 + 32 * 64) * 8**2
-    model = models.model_dict["resnet8"]().train()
-    statistics = model.bn1.running_mean.clone()
-    assert utils.size_of(model)[1] == stem + stage1 + stage2 + stage3 + 64 * 100
-    assert model.training and torch.equal(model.bn1.running_mean, statistics)
-    assert not model.fc._forward_hooks
-
-
-@pytest.mark.parametrize(
-    ("arch", "params", "multiply_adds"),
-    [("resnet56", 8.5e5, 1.25e8), ("resnet110", 1.72e6, 2.53e8)],  # Li et al., ICLR 2017, table 1
-)
-def test_sizes_are_the_published_ones(arch, params, multiply_adds):
-    found = utils.size_of(models.model_dict[arch](num_classes=10))
-    assert found == (pytest.approx(params, rel=0.01), pytest.approx(multiply_adds, rel=0.01))
-
-
-@pytest.mark.parametrize("arch", ["ShuffleV1", "MobileNetV2", "vgg8"])
-def test_multiply_adds_are_half_of_pytorchs_own_count(arch):
-    model = models.model_dict[arch]().eval()
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(torch.zeros(1, 3, 32, 32))
-    assert 2 * utils.size_of(model)[1] == counter.get_total_flops()
-
-
-def test_a_test_whose_loss_is_not_finite_says_which(tmp_path, monkeypatch, capsys):
+def test_a_test_whose_loss_is_not_finite_says_which(tmp_path, monkeypatch, fails):
     class Explosion(utils.SGD):
         def step(self, loss):
             super().step(loss)
             self.optimizer.param_groups[0]["params"][-1].data.fill_(torch.nan)  # only the next forward pass meets it
 
     monkeypatch.setattr(utils, "SGD", Explosion)
-    one_step = [*TINY, "--train-size", "16"]
-    assert end_of(teacher.main, ["--arch", "resnet8", *one_step, "--experiments", str(tmp_path)]) == 1
-    assert "test after teacher epoch 1, step 1: cls_loss is not finite" in capsys.readouterr().err
+    flags = ["--arch", "resnet8", *TINY, "--train-size", "16", "--experiments", tmp_path]
+    assert "test after teacher epoch 1, step 1: cls_loss is not finite" in fails(teacher.main, *flags, status=1)
+
+
+# ----------------------------------------------------------------------------------------------------- size of networks
+
+
+def test_multiply_adds_are_those_counted_by_hand(capsys):
+    stem, stage1 = 3 * 16 * 9 * 32**2, 2 * 16 * 16 * 9 * 32**2
+    stage2 = (16 * 32 * 9 + 32 * 32 * 9 + 16 * 32) * 16**2  # the last: the shortcut
+    stage3 = (32 * 64 * 9 + 64 * 64 * 9 + 32 * 64) * 8**2
+    by_hand = stem + stage1 + stage2 + stage3
+    model = models.model_dict["resnet8"]().train()
+    statistics = model.bn1.running_mean.clone()
+    assert utils.sizes(32, model)["multiply_adds"] == by_hand + 64 * 100
+    assert utils.sizes(64, model)["multiply_adds"] == 4 * by_hand + 64 * 100
+    assert model.training and torch.equal(model.bn1.running_mean, statistics)
+    assert "0.08 M parameters, 12.5 M multiply-adds" in capsys.readouterr().out
+
+
+def test_sizes_are_the_published_ones():
+    student, teacher = (models.model_dict[arch](num_classes=10) for arch in ("resnet56", "resnet110"))
+    published = {"params": 8.5e5, "multiply_adds": 1.25e8}  # Li et al., ICLR 2017, table 1
+    published |= {"teacher_params": 1.72e6, "teacher_multiply_adds": 2.53e8}
+    assert utils.sizes(32, student, teacher) == pytest.approx(published, rel=0.01)
 
 
 # ------------------------------------------------------------------------------------------------------------ pictures
