@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import hashlib
 import os
+import shutil
 import warnings
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,8 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 import numpy as np
 import torch
@@ -90,7 +93,7 @@ class Source:
     @cached_property
     def fingerprint(self) -> str:
         """A short name for exactly these pixels, labels and class names: 16 hexadecimal digits."""
-        digest = hashlib.sha256("\0".join(self.classes).encode())
+        digest = hashlib.sha256("\0".join(self.classes).encode(errors="surrogateescape"))
         for tensor in (*self.train, *self.test):
             digest.update(str(tuple(tensor.shape)).encode())
             digest.update(tensor.contiguous().numpy())
@@ -165,8 +168,10 @@ def _archive(name: str, root: Path, url: str | None) -> list[Split]:
         UserError: the archive is damaged, or missing and could not be downloaded.
     """
     dataset = {"cifar100": tv.CIFAR100, "cifar10": tv.CIFAR10}[name]
-    mirrored = type(dataset.__name__, (dataset,), {"url": url or dataset.url})
+    mirrored, archive = type(dataset.__name__, (dataset,), {"url": url or dataset.url}), root / dataset.filename
     try:
+        if url and url.startswith("file:") and not tv.utils.check_integrity(archive, dataset.tgz_md5):
+            shutil.copyfile(url2pathname(urlsplit(url).path), archive)  # torchvision reads http only
         halves = [mirrored(str(root), train=train, download=True) for train in (True, False)]
     except Exception as error:  # urllib, tarfile, pickle and torchvision each raise their own
         reason = " ".join(str(error).split()) or type(error).__name__
@@ -230,7 +235,7 @@ def in_hash_order(pixels: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, s
 
 def _load(kept: Path, name: str) -> list[Split] | None:
     """The splits that `_keep` wrote under this name; None if there are none, or the file is damaged."""
-    with contextlib.suppress(Exception), np.load(kept) as saved:  # its checksums are compared
+    with contextlib.suppress(Exception), open(kept, "rb") as file, np.load(file) as saved:  # its checksums are compared
         if str(saved["name"]) == name:
             return [Split(*(torch.from_numpy(saved[f"{half}_{x}"]) for x in Split._fields)) for half in CIFAR100]
     return None
@@ -240,12 +245,12 @@ def _keep(kept: Path, name: str, splits: list[Split]) -> None:
     """Keeps decoded splits for the next start, if the folder can be written to."""
     arrays = {f"{h}_{x}": getattr(s, x).numpy() for h, s in zip(CIFAR100, splits, strict=True) for x in Split._fields}
     part = kept.with_name(f".{kept.stem}.part.npz")
-    try:
-        with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError):
+        try:
             np.savez(part, name=np.array(name), **arrays)
             os.replace(part, kept)
-    finally:
-        part.unlink(missing_ok=True)
+        finally:
+            part.unlink(missing_ok=True)
 
 
 # ------------------------------------------------------------------------------------------------------- class folders
