@@ -1,4 +1,4 @@
-"""Where images come from: the archives that torchvision knows, class folders, or generated shapes.
+"""Where images come from: the archives that torchvision knows, class folders, or generated shapes (shapes.py).
 
 A data set is read once, into one `Source`. One process at a time reads a data root, so of several that start together
 one downloads, unpacks and decodes, and the others find the result.
@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from harness.files import alone
 from harness.flags import DATASETS, UserError, silent, warn
+from harness.shapes import synthetic
 
 SUFFIXES = tv.folder.IMG_EXTENSIONS
 SIDE = 32  # of the named data sets
@@ -124,7 +125,7 @@ def read(
         raise UserError(f"--side {side} is for --dataset folder; the images of {name} have {SIDE} × {SIDE} pixels")
     if name == "synthetic":
         print("data: synthetic shapes; accuracy says nothing about photographs", flush=True)
-        splits = [synthetic(train, size) for train, size in zip((True, False), sizes, strict=True)]
+        splits = [Split(*synthetic(train, size)) for train, size in zip((True, False), sizes, strict=True)]
     else:
         with alone(root / ".lock", f"data: waiting for another process that reads {root}"):
             splits = _cifar100(root, url) if name == "cifar100" else _archive(name, root, url)
@@ -379,51 +380,3 @@ def statistics(pixels: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
     mean = share @ value
     deviation = (share @ value**2 - mean**2).clamp(min=0).sqrt()
     return tuple(mean.tolist()), tuple(torch.where(deviation > 1e-6, deviation, 1.0).tolist())
-
-
-# ---------------------------------------------------------------------------------------------------- generated shapes
-
-
-def synthetic(train: bool, size: int | None = None) -> Split:
-    """A stand-in for CIFAR-100 that needs no file: accuracy on it says nothing about photographs.
-
-    100 classes = 5 shapes × 5 hues × 4 textures, at random places, sizes and brightness on a noisy, dark ground: simple
-    enough to learn in the few hundred steps of the demo.
-
-    Returns:
-        The first `size` of 10,000 (training) or 2,000 (test) images, which are always the same.
-    """
-    count, rng = (10_000, np.random.default_rng(1)) if train else (2_000, np.random.default_rng(2))
-    labels = rng.permuted(np.tile(np.arange(100), (count // 100, 1)), axis=1).ravel()[:size]  # every 100 hold each once
-    # radius, place of the centre, phase of the texture, brightness, grey of the ground, shift of the hue
-    random = rng.random((count, 7), np.float32)[:size].T[..., None, None]
-    radius, wave = 9 + 4 * random[0], 2 * np.pi * random[3]
-    y, x = np.mgrid[:SIDE, :SIDE].astype(np.float32)
-    v, u = (
-        (axis - radius - place * (SIDE - 1 - 2 * radius)) / radius for axis, place in ((y, random[1]), (x, random[2]))
-    )
-
-    shape, hue, texture = labels % 5, labels // 5 % 5, labels // 25
-    distance, box = np.hypot(u, v), np.maximum(np.abs(u), np.abs(v))
-    outlines = [
-        distance < 1,  # disc
-        box < 0.85,  # square
-        (v < 0.8) & (v > 2 * np.abs(u) - 1),  # triangle
-        (distance < 1) & (distance > 0.55),  # ring
-        (box < 1) & (np.minimum(np.abs(u), np.abs(v)) < 0.35),  # cross
-    ]
-    inside = np.choose(shape[:, None, None], outlines)
-    textures = [
-        np.ones_like(u),
-        np.sin(1.6 * y + wave),
-        np.sin(1.6 * x + wave),
-        np.sin(1.6 * x + wave) * np.sin(1.6 * y),
-    ]
-    shade = 1 - 0.5 * (1 - np.choose(texture[:, None, None], textures))
-
-    angle = 2 * np.pi * ((hue + 0.4 * random[6, :, 0, 0])[:, None] / 5 + np.arange(3) / 3)
-    colour = (0.5 + 0.45 * np.cos(angle))[:, None, None] * (1 + 0.2 * random[4, ..., None])
-    ground = 0.05 + 0.15 * random[5, ..., None]
-    picture = np.where(inside[..., None], shade[..., None] * colour, ground).astype(np.float32)
-    picture += 0.04 * rng.standard_normal(picture.shape, np.float32)  # last: the first images do not depend on `size`
-    return Split(torch.from_numpy((picture.clip(0, 1) * 255).astype(np.uint8)), torch.from_numpy(labels))

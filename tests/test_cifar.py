@@ -138,9 +138,9 @@ def test_synthetic_images_are_always_the_same_and_balanced(train, count):
     assert pixels.shape == (count, 32, 32, 3)
     assert labels.bincount().tolist() == [count // 100] * 100
     first = sources.synthetic.__wrapped__(train, 150)
-    assert torch.equal(first.pixels, pixels[:150])
-    assert torch.equal(first.labels, labels[:150])
-    assert not torch.equal(first.pixels, sources.synthetic(not train, None).pixels[:150])
+    assert torch.equal(first[0], pixels[:150])
+    assert torch.equal(first[1], labels[:150])
+    assert not torch.equal(first[0], sources.synthetic(not train, None)[0][:150])
 
 
 # ------------------------------------------------------------------------------------------------ the flags of the data
@@ -148,8 +148,8 @@ def test_synthetic_images_are_always_the_same_and_balanced(train, count):
 
 def test_sizes_keep_the_first_images_of_every_class():
     data = load("--train-size", 7, "--test-size", 3)
-    assert torch.equal(data.train.pixels, sources.synthetic(True, None).pixels[:7])
-    assert torch.equal(data.test.labels, sources.synthetic(False, None).labels[:3])
+    assert torch.equal(data.train.pixels, sources.synthetic(True, None)[0][:7])
+    assert torch.equal(data.test.labels, sources.synthetic(False, None)[1][:3])
     assert data.train.index.tolist() == list(range(7))
     assert data.val is data.test
     assert (data.about["dataset"], data.about["classes"], data.about["tested"]) == ("synthetic", 100, 3)
@@ -185,7 +185,7 @@ def test_label_noise_gives_exactly_that_share_another_label(fraction):
     assert torch.equal(load("--label-noise", fraction).train.labels, data.train.labels)
     assert not torch.equal(load("--label-noise", fraction, "--seed", 1).train.labels, data.train.labels)
     assert torch.equal(data.train.pixels, pixels)
-    assert torch.equal(data.test.labels, sources.synthetic(False, None).labels)
+    assert torch.equal(data.test.labels, sources.synthetic(False, None)[1])
 
 
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=40), st.integers(1, 40))
@@ -222,7 +222,7 @@ def test_images_are_held_out_before_few_shot_and_label_noise():
     assert torch.equal(few.val.index, data.val.index)
     assert torch.equal(few.val.labels, data.val.labels)
     assert not set(few.train.index.tolist()) & set(few.val.index.tolist())
-    true = sources.synthetic(True, None).labels[few.train.index]
+    true = sources.synthetic(True, None)[1][few.train.index]
     assert true.bincount().tolist() == [45] * 100
     assert (few.train.labels != true).sum() == 2250
 
