@@ -6,6 +6,7 @@ makes a pandas DataFrame with a row for each run. Flags are written as one types
 
 import glob
 import json
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -16,18 +17,17 @@ from typing import Any
 import pandas as pd
 
 from harness.flags import UserError, tell
-from harness.record import write_atomically
 
 LOW_RATE = ("MobileNetV2", "ShuffleV1", "ShuffleV2")  # published with --lr 0.01, all other networks with 0.05
 
 # The published flags. Runs with other values are another setting.
-COMMON = {"--epoch": 240, "--batch-size": 64, "--milestones": (150, 180, 210), "--momentum": 0.9}
+COMMON = {"--epoch": 240, "--batch-size": 64, "--milestones": "150 180 210", "--momentum": 0.9}
 COMMON |= {"--weight-decay": 5e-4, "--gamma": 0.1, "--side": 32, "--few-shot": 1.0, "--label-noise": 0.0}
 COMMON |= dict.fromkeys(("--train-size", "--test-size", "--val-fraction"))
 KD = {"--ce-weight": 0.1, "--kd-weight": 0.9, "--kd-T": 4.0}
 TF = {"--tf-weight": 2.7, "--tf-T": 4.0, "--ratio-tf": 1.0}
 SS = {"--ss-weight": 10.0, "--ss-T": 0.5, "--ratio-ss": 0.75}
-SS |= {"--t-epoch": 60, "--t-lr": 0.05, "--t-milestones": (30, 45)}
+SS |= {"--t-epoch": 60, "--t-lr": 0.05, "--t-milestones": "30 45"}
 
 # ---- Until methods.METHODS[name] has a label: {name: (row of the tables, --ce-weight, --kd-weight, --weight)} ----
 METHODS = {
@@ -130,11 +130,12 @@ def run_of(place: str, record: dict) -> dict[str, Any]:
     values = {name: value_of(flags.get(name), published.get(name)) for name in names}
     devices = dict.fromkeys(str(start.get("device")) for start in (record, *record.get("starts", ())))
     row = {"dataset": flags["--dataset"], "network": network, "teacher": teacher, "method": method}
-    row |= {"seed": flags["--seed"], "fingerprint": flags.get("--teacher", ""), "teacher_folder": folder}
+    row |= {"seed": flags["--seed"], "fingerprint": flags.get("--teacher") or "", "teacher_folder": folder}
     row |= {name: record["flags"].get(name) for name in BY} | {"device": ", ".join(devices)}
+    row |= {"place": place, "identity": json.dumps([record["run"], record["flags"]], sort_keys=True)}
     row |= values | {"unusual": tuple(name for name in names if values[name] != published.get(name))}
-    hash(tuple(row.values()))  # TypeError: a value is neither a number, a text nor a list of them
-    return row | {"best": float(best), "last": None if last is None else float(last), "place": place, "record": record}
+    hash(tuple(row.values()))  # TypeError: a value is neither a number, a text nor a list
+    return row | {"best": float(best), "last": None if last is None else float(last), "record": record}
 
 
 def method_of(flags: dict) -> str:
@@ -146,10 +147,10 @@ def method_of(flags: dict) -> str:
 
 
 def value_of(value: Any, default: Any) -> Any:
-    """A flag's value, hashable. None is the default: older runs lack newer flags. 0 and False equal a default of None."""
+    """A flag's value, a list as text. None is the default: older runs lack newer flags. If that is None, so is 0."""
     if value is None or (not value and default is None):
         return default
-    return tuple(value) if isinstance(value, list) else value
+    return " ".join(map(str, value)) if isinstance(value, list) else value
 
 
 # ----------------------------------------------------------------------------------------------------- the DataFrame
@@ -182,8 +183,6 @@ def flags_in(frame: pd.DataFrame) -> list[str]:
 
 def shown(value: Any) -> str:
     """A flag's value as one types it; empty if it is not set."""
-    if isinstance(value, list | tuple):
-        return " ".join(map(str, value))
     return "" if value is None or value is False else str(value)
 
 
@@ -195,21 +194,18 @@ def write_record(file: Path, runs: list[dict[str, Any]]) -> None:
 
     Raises:
         UserError: there is no run, the file's name does not end in .jsonl, or a line of it can't be read.
-        Fault: the file can't be written.
+        OSError: the file can't be written. It stays as it was.
     """
     if file.suffix != ".jsonl":
         raise UserError(f"{file}: the name does not end in .jsonl")
     if not runs:
         raise UserError(f"{file}: no finished run to record")
-    before = {identity(run): run for run in read_runs(file, all_or_none=True)} if file.exists() else {}
+    before = {run["identity"]: run for run in read_runs(file, all_or_none=True)} if file.exists() else {}
     found: dict[str, dict] = {}
     for run in runs:
-        found.setdefault(identity(run), run)  # a copy in an inner folder does not count
+        found.setdefault(run["identity"], run)  # a copy in an inner folder does not count
     lines = before | found
-    write_atomically(file, "".join(json.dumps(run["record"]) + "\n" for run in lines.values()).encode())
+    part = file.with_name(f".{file.name}.part")
+    part.write_text("".join(json.dumps(run["record"]) + "\n" for run in lines.values()))
+    os.replace(part, file)
     print(f"{file} has {len(lines)} line(s), {len(found)} of them of runs found now")
-
-
-def identity(run: dict[str, Any]) -> str:
-    """The name and the flags of a run."""
-    return json.dumps([run["record"]["run"], run["record"]["flags"]], sort_keys=True)

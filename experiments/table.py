@@ -58,7 +58,7 @@ def sort_into_rows(runs: pd.DataFrame, by: Sequence[str] = ()) -> pd.DataFrame:
     Runs of one kind have the same networks, method and flags (and columns `by`). The runs of one row are averaged: one
     for each seed. A run that is there twice counts once; if its accuracies differ, stderr says which one is left out.
     """
-    runs = runs.assign(kind=runs.groupby([*NETWORKS, *by, *flags_in(runs)], dropna=False).ngroup())
+    runs = runs.assign(kind=runs.groupby([*NETWORKS, *by, *flags_in(runs)], dropna=False, sort=False).ngroup())
     same = ["kind", "seed", "fingerprint"]
     again = runs.duplicated(same)
     for place in runs["place"][again & ~runs.duplicated([*same, "best", "last"])]:
@@ -272,8 +272,7 @@ def show_tables(args: argparse.Namespace) -> None:
         if args.json:
             print(data.to_json(orient="records", double_precision=15, force_ascii=False))
         else:
-            words = data.map(lambda value: shown(value) if isinstance(value, list | tuple) else value)
-            print(words.to_csv(index=False), end="")
+            print(data.to_csv(index=False), end="")
         return
     if args.dataset == "cifar100" and not (args.by or args.against):
         rows = show_published(rows, args.markdown)
@@ -285,9 +284,9 @@ def main(argv: list[str] | None = None) -> None:
     flags.show_any_name()  # such as ± and †
     try:
         show_tables(parse_args(argv))
-    except (flags.UserError, flags.Fault) as error:
+    except (flags.UserError, OSError) as error:
         flags.tell("table.py", f"error: {error}")
-        sys.exit(2 if isinstance(error, flags.UserError) else 1)
+        sys.exit(2)
 
 
 if __name__ == "__main__":
