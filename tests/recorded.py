@@ -12,11 +12,8 @@ COMMON |= {"deterministic": False, "save_interval": 40}
 KD = {"ce_weight": 0.1, "kd_weight": 0.9, "kd_T": 4.0}
 SSKD = KD | {"tf_weight": 2.7, "ss_weight": 10.0, "tf_T": 4.0, "ss_T": 0.5, "ratio_tf": 1.0, "ratio_ss": 0.75}
 SSKD |= {"t_epoch": 60, "t_lr": 0.05, "t_milestones": [30, 45]}
-PLAIN, TF, SS = (
-    {"tf_weight": 0.0, "ss_weight": 0.0},
-    {"ss_weight": 0.0},
-    {"tf_weight": 0.0},
-)  # without ss and tf, ss, tf
+TF, SS = {"ss_weight": 0.0}, {"tf_weight": 0.0}  # SSKD without ss, without tf
+PLAIN = TF | SS
 
 
 def write_run(folder, flags, best, last, starts=(START,), **result):
