@@ -1,7 +1,7 @@
-"""Finished runs, read from their folders or from the .jsonl file of a study, and recorded in one.
+"""Reads finished runs, from their folders or from the .jsonl record of a study, and writes such a record.
 
-A run is a folder with config.json and result.json or, once recorded, a line of a .jsonl file; it is known by its flags.
-Needs neither torch nor the rooms.
+A run is a folder with config.json and result.json, or a line of a .jsonl file with the contents of both. `frame_of`
+makes a pandas DataFrame with a row for each run. Flags are written as one types them, `--few-shot`.
 """
 
 import glob
@@ -9,26 +9,27 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any
 
-SCRIPT = Path(sys.argv[0]).name  # who complains
+import pandas as pd
 
-# The flags of the published results. Those that name a run or change only how it is computed are APART; any other that
-# is set (train_size, say) makes another setting.
-COMMON = {"dataset": "cifar100", "epoch": 240, "batch_size": 64, "milestones": [150, 180, 210]}
-COMMON |= {"momentum": 0.9, "weight_decay": 5e-4, "gamma": 0.1, "few_shot": 1.0, "label_noise": 0.0}
-KD = {"ce_weight": 0.1, "kd_weight": 0.9, "kd_T": 4.0}
-TF = {"tf_weight": 2.7, "tf_T": 4.0, "ratio_tf": 1.0}
-SS = {"ss_weight": 10.0, "ss_T": 0.5, "ratio_ss": 0.75, "t_epoch": 60, "t_lr": 0.05, "t_milestones": [30, 45]}
-COMPUTED = ("amp", "compile", "deterministic", "t_features")
-OF_METHODS = {*KD, *TF, *SS, "weight", "first_epoch"}
-APART = {"arch", "s_arch", "teacher", "method", "seed", "dataset", "save_interval", *COMPUTED, *OF_METHODS}
-LOW_RATE = ("MobileNetV2", "ShuffleV1", "ShuffleV2")  # published with --lr 0.01, all others with 0.05
+from harness.flags import UserError, tell
 
-# Of baseline.py's methods: their rows, and the published --ce-weight, --kd-weight and --weight.
+LOW_RATE = ("MobileNetV2", "ShuffleV1", "ShuffleV2")  # published with --lr 0.01, all other networks with 0.05
+
+# The published flags. Runs with other values are another setting.
+COMMON = {"--epoch": 240, "--batch-size": 64, "--milestones": "150 180 210", "--momentum": 0.9}
+COMMON |= {"--weight-decay": 5e-4, "--gamma": 0.1, "--side": 32, "--few-shot": 1.0, "--label-noise": 0.0}
+COMMON |= dict.fromkeys(("--train-size", "--test-size", "--val-fraction"))
+KD = {"--ce-weight": 0.1, "--kd-weight": 0.9, "--kd-T": 4.0}
+TF = {"--tf-weight": 2.7, "--tf-T": 4.0, "--ratio-tf": 1.0}
+SS = {"--ss-weight": 10.0, "--ss-T": 0.5, "--ratio-ss": 0.75}
+SS |= {"--t-epoch": 60, "--t-lr": 0.05, "--t-milestones": "30 45"}
+
+# ---- Until methods.METHODS[name] has a label: {name: (row of the tables, --ce-weight, --kd-weight, --weight)} ----
 METHODS = {
     "kd": ("KD", 0.1, 0.9, 0.0),
     "fitnet": ("FitNet", 0.1, 0.9, 100.0),
@@ -43,61 +44,32 @@ METHODS = {
     "dkd": ("DKD", 1.0, 0.0, 1.0),
     "ls": ("KD + LS", 0.1, 0.0, 9.0),
 }
-ABLATION = ("KD, 4 views", "KD + tf", "KD + ss")  # of SSKD: student.py without tf and ss, without ss, without tf
-# The flags of each row's own, as published: a term whose weight is 0 has none.
-OWN = {"alone": {}, **dict(zip(ABLATION, (KD, KD | TF, KD | SS), strict=True)), "SSKD": KD | TF | SS}
-OWN |= {row: KD | {"ce_weight": ce, "kd_weight": kd, "weight": weight} for row, ce, kd, weight in METHODS.values()}
-for row in ("AB", "FT", "DKD"):
-    OWN[row]["first_epoch"] = None  # the number that the method has
+FIRST_EPOCH = ("AB", "FT", "DKD")  # those with `first_epochs`
+# -------------------------------------------------------------------------------------------------------------------
 
-Flags = tuple[tuple[str, Any], ...]  # names and values, sorted; a list of milestones is a tuple
-
-
-class Kind(NamedTuple):
-    """What the seeds of one experiment have in common."""
-
-    teacher: str  # its network; "" for a network trained alone
-    network: str
-    method: str  # a row of the tables: one of OWN
-    setting: Flags = ()  # what is not as published of the flags that teachers have, too
-    own: Flags = ()  # and of those that only this method has
-
-    def value(self, name: str) -> Any:
-        """Of a flag, as published where nothing else is said; None: not set, or the method has no such flag."""
-        return dict(self.setting + self.own).get(name, published(self).get(name))
-
-    def has(self, name: str) -> bool:
-        """Whether a flag changes anything for the method."""
-        return name not in OF_METHODS or name in OWN[self.method]
-
-
-class Run(NamedTuple):
-    place: str  # its folder, or file and line
-    record: dict  # what a line of a .jsonl file says of it
-    identity: str  # its name and flags
-    dataset: str
-    kind: Kind
-    seed: int
-    teacher: str  # the fingerprint of its teacher's weights; "" for a network trained alone
-    teacher_folder: str
-    computed: dict[str, Any]  # the device (each, where the run went on on another) and the flags of COMPUTED
-    accuracies: tuple[float, float | None]  # on the test set, of the best and of the last epoch
-
-
-def leave_out(place: str, why: str) -> None:
-    print(f"{SCRIPT}: {place} left out: {why}", file=sys.stderr)
-
-
-def refuse(place: str | Path, why: str) -> NoReturn:
-    print(f"{SCRIPT}: error: {place}: {why}", file=sys.stderr)
-    sys.exit(2)
+ABLATION = ("KD, 4 views", "KD + tf", "KD + ss")  # SSKD without tf and ss, without ss, without tf
+# The flags that each method uses, as published. A term whose weight is 0 uses none.
+OWN = {"alone": {}, "KD, 4 views": KD, "KD + tf": KD | TF, "KD + ss": KD | SS, "SSKD": KD | TF | SS}
+for _label, *_weights in METHODS.values():
+    OWN[_label] = KD | dict(zip(("--ce-weight", "--kd-weight", "--weight"), _weights, strict=True))
+    OWN[_label] |= dict.fromkeys(["--first-epoch"] if _label in FIRST_EPOCH else [])
+OF_METHODS = {name for own in OWN.values() for name in own}
+BY = ("device", "amp", "compile", "deterministic", "t_features", "data")  # what --by of table.py tells apart
+NAMING = {"--arch", "--s-arch", "--teacher", "--method", "--seed", "--dataset", "--save-interval"}
+NO_SETTING = NAMING | {f"--{name.replace('_', '-')}" for name in BY}
 
 
 # ---------------------------------------------------------------------------------------------------------- reading
 
 
-def read_runs(path: Path, damaged: Callable[[str, str], None] = leave_out) -> Iterator[Run]:
-    """The finished runs below a folder, the outer ones first, or in a .jsonl file; `damaged` is told of any other."""
+def read_runs(path: Path, all_or_none: bool = False) -> Iterator[dict[str, Any]]:
+    """Yields the finished runs below a folder (outer folders first) or in a .jsonl file, as rows for `frame_of`.
+
+    A run that can't be read is left out, with a line on stderr.
+
+    Raises:
+        UserError: the path is neither a folder nor a .jsonl file, or (all_or_none) a run can't be read.
+    """
     if path.is_dir():
         results = map(Path, glob.glob(f"{glob.escape(str(path))}/**/result.json", recursive=True))  # follows links
         folders = sorted((result.parent for result in results), key=lambda folder: (len(folder.parts), folder))
@@ -106,136 +78,134 @@ def read_runs(path: Path, damaged: Callable[[str, str], None] = leave_out) -> It
         lines = enumerate(path.read_bytes().splitlines(), 1)
         sources = [(f"{path}:{number}", partial(json.loads, line)) for number, line in lines if line.strip()]
     else:
-        refuse(path, "neither a folder nor a .jsonl file")
+        raise UserError(f"{path}: neither a folder nor a .jsonl file")
     for place, read in sources:
         try:
-            run = run_of(place, read())
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-            damaged(place, f"{type(error).__name__}: {error}")
-        else:
-            yield run
+            yield run_of(place, read())
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            if all_or_none:
+                raise UserError(f"{place}: {type(error).__name__}: {error}") from error
+            leave_out(place, f"{type(error).__name__}: {error}")
 
 
-def record_of(folder: Path) -> dict:
-    """The record of a run: its flags, what ran at its first start (at later ones, too, if it differs), its result."""
+def leave_out(place: str, why: str) -> None:
+    """Reports that a run is not used."""
+    tell(Path(sys.argv[0]).name, f"{place} left out: {why}")
+
+
+def record_of(folder: Path) -> dict[str, Any]:
+    """The record of a run folder: its flags, what ran at its first start, later starts that differ, its result."""
     config, result = (json.loads((folder / name).read_bytes()) for name in ("config.json", "result.json"))
-    first, *later = config.get("starts", [config])  # config.json of older runs says it beside the flags, of one start
-    what = ("commit", "torch", "device", "threads")
-    others = [start_of(start) for start in later if any(start.get(name) != first.get(name) for name in what)]
-    result.get("teacher", {}).pop("path", None)  # of somebody's machine
-    record = {"run": os.path.basename(os.path.abspath(folder)), "flags": config["flags"], **start_of(first)}
+    first, *later = map(start_of, config.get("starts", [config]))  # older runs have one start, beside the flags
+    conditions = ("commit", "versions", "device", "threads")
+    others = [start for start in later if any(start[name] != first[name] for name in conditions)]
+    result.get("teacher", {}).pop("path", None)  # a path on somebody's machine
+    record = {"run": folder.resolve().name, "flags": config["flags"], **first}
     return record | ({"starts": others} if others else {}) | {"result": result}
 
 
-def start_of(start: dict) -> dict:
-    """What ran, where and when. Without the command: the flags say it, and it may hold paths of somebody's machine."""
-    versions = {name: start.get(name) for name in ("python", "torch")}
-    where = {name: start.get(name) for name in ("device", "threads", "started")}
-    return {"commit": start.get("commit"), "versions": versions} | where
+def start_of(start: dict) -> dict[str, Any]:
+    """What ran, where and when. The command is left out: the flags say the same without paths."""
+    found = {name: start.get(name) for name in ("commit", "device", "threads", "started")}
+    return found | {"versions": {name: start.get(name) for name in ("python", "torch")}}
 
 
-def run_of(place: str, record: dict) -> Run:
-    """The run that a record tells of; raises an error if what the tables need is missing or not of its type."""
-    json.dumps(record, allow_nan=False, ensure_ascii=False).encode()  # ValueError: NaN, Infinity, half a character
-    flags, result = record["flags"], record["result"]
-    best, last = (typed(result, name, int, float) for name in ("best_acc", "last_acc"))
-    if flags.get("val_fraction"):  # both are of the images that were held out to choose the epoch
-        best, last = typed(result, "test_acc", int, float), None
+def run_of(place: str, record: dict) -> dict[str, Any]:
+    """A record as a row of the frame. Raises an error if something is missing or has the wrong type."""
+    flags, result = {f"--{name.replace('_', '-')}": value for name, value in record["flags"].items()}, record["result"]
+    best, last = result["best_acc"], result["last_acc"]
+    if flags.get("--val-fraction"):  # these two are accuracies on the held-out images
+        best, last = result["test_acc"], None
     if not all(0 <= accuracy <= 100 for accuracy in (best, last or 0)):
         raise ValueError(f"accuracies {best}, {last} are not in percent")
-    kind = kind_of(flags, typed(record, "run", str), result.get("teacher", {}).get("arch"))
+
+    network, teacher, method, folder = flags.get("--arch"), "", "alone", ""
+    if "--s-arch" in flags:
+        network, method = flags["--s-arch"], method_of(flags)
+        folder = (re.search(r"_seed\d+_(.+)$", record["run"]) or ["", ""])[1]
+        named = re.sub(r"^teacher_|(_vanilla)?(_seed\d+)?$", "", folder)
+        teacher = result.get("teacher", {}).get("arch") or named or "?"
+    published = COMMON | OWN[method] | {"--lr": 0.01 if network in LOW_RATE else 0.05}
+    names = [name for name in published | flags if name in published or name not in NO_SETTING | OF_METHODS]
+    values = {name: value_of(flags.get(name), published.get(name)) for name in names}
     devices = dict.fromkeys(str(start.get("device")) for start in (record, *record.get("starts", ())))
-    computed = {"device": ", ".join(devices)} | {name: flags.get(name) for name in COMPUTED}
-    hash((kind, *computed.values()))  # TypeError: a flag that is neither a number, a text nor a list of them
-    named = (json.dumps([record["run"], flags], sort_keys=True), typed(flags, "dataset", str), kind)
-    whose = (typed(flags, "seed", int), str(flags.get("teacher", "")), teacher_folder(record["run"]))
-    return Run(place, record, *named, *whose, computed, (best, last))
+    row = {"dataset": flags["--dataset"], "network": network, "teacher": teacher, "method": method}
+    row |= {"seed": flags["--seed"], "fingerprint": flags.get("--teacher") or "", "teacher_folder": folder}
+    row |= {name: record["flags"].get(name) for name in BY} | {"device": ", ".join(devices)}
+    row |= {"place": place, "identity": json.dumps([record["run"], record["flags"]], sort_keys=True)}
+    row |= values | {"unusual": tuple(name for name in names if values[name] != published.get(name))}
+    hash(tuple(row.values()))  # TypeError: a value is neither a number, a text nor a list
+    return row | {"best": float(best), "last": None if last is None else float(last), "record": record}
 
 
-def typed(content: dict, name: str, *types: type) -> Any:
-    """content[name], if it is of one of the types; raises KeyError or TypeError."""
-    if type(content[name]) not in types:  # not isinstance: True is no number
-        raise TypeError(f"{name} is {content[name]!r}")
-    return content[name]
+def method_of(flags: dict) -> str:
+    """The row of the tables that a student belongs to."""
+    if "--method" in flags:
+        return METHODS[flags["--method"]][0]
+    tf, ss = flags["--tf-weight"] != 0, flags["--ss-weight"] != 0
+    return "SSKD" if tf and ss else ABLATION[1 if tf else 2 if ss else 0]
 
 
-def kind_of(flags: dict, folder: str, told: str | None = None) -> Kind:
-    """Which experiment a run belongs to, by its flags; a student's teacher is as `told`, else by the folder's name."""
-    flags = {"first_epoch": None} | flags  # those of runs from before it
-    is_student = "s_arch" in flags
-    teacher, method = teacher_folder(folder) if is_student else "", "alone"
-    teacher = told or re.sub(r"^teacher_|(_vanilla)?(_seed\d+)?$", "", teacher) or "?" * is_student
-    if "method" in flags:
-        method = METHODS[typed(flags, "method", str)][0]
-    elif is_student:
-        tf, ss = (typed(flags, name, int, float) != 0 for name in ("tf_weight", "ss_weight"))
-        method = "SSKD" if tf and ss else "KD" + " + tf" * tf + " + ss" * ss if tf or ss else ABLATION[0]
-    kind = Kind(teacher, typed(flags, "s_arch" if is_student else "arch", str), method)
-    setting = differing({name: flags[name] for name in flags if name not in APART}, published(kind))
-    return kind._replace(setting=setting, own=differing({name: flags[name] for name in OWN[method]}, OWN[method]))
+def value_of(value: Any, default: Any) -> Any:
+    """A flag's value, a list as text. None is the default: older runs lack newer flags. If that is None, so is 0."""
+    if value is None or (not value and default is None):
+        return default
+    return " ".join(map(str, value)) if isinstance(value, list) else value
 
 
-def teacher_folder(student_folder: str) -> str:
-    """The name of the folder of the teacher, with which that of its student ends."""
-    found = re.search(r"_seed\d+_(.+)$", student_folder)
-    return found[1] if found else ""
+# ----------------------------------------------------------------------------------------------------- the DataFrame
 
 
-def published(kind: Kind) -> dict[str, Any]:
-    """The flags with which the published results of a kind of run were reached."""
-    return COMMON | OWN[kind.method] | {"lr": 0.01 if kind.network in LOW_RATE else 0.05}
+def frame_of(runs: list[dict[str, Any]], dataset: str) -> pd.DataFrame:
+    """The runs on a data set as a DataFrame, with a column for each flag (None: not set, or not used by the method).
+
+    `unusual` names the flags that are not as published. A flag that is unknown here and the same in all runs is left
+    out.
+
+    Raises:
+        UserError: there is no run on the data set.
+    """
+    chosen = [run for run in runs if run["dataset"] == dataset]
+    if not chosen:
+        others = ", ".join(sorted({run["dataset"] for run in runs}))
+        raise UserError(f"no finished run on {dataset}" + (f"; --dataset has a choice of {others}" if others else ""))
+    names = dict.fromkeys(name for run in chosen for name in run)
+    frame = pd.DataFrame([names | run for run in chosen], dtype=object).astype({"best": float, "last": float})
+    unknown = set(flags_in(frame)) - COMMON.keys() - OF_METHODS - {"--lr"}
+    same = {name for name in unknown if frame[name].map(shown).nunique() == 1}
+    unusual = [tuple(name for name in names if name not in same) for names in frame["unusual"]]
+    return frame.drop(columns=list(same)).assign(unusual=unusual)
 
 
-def differing(flags: dict, expected: dict) -> Flags:
-    """Those of the flags that are not as expected. None, 0 and False are one: not set."""
-    found = {name: value for name, value in flags.items() if (value or None) != (expected.get(name) or None)}
-    return tuple(sorted((name, tuple(value) if isinstance(value, list) else value) for name, value in found.items()))
-
-
-# -------------------------------------------------------------------------------------------- sorting and recording
-
-
-def unusual(kinds: Iterable[Kind]) -> dict[str, set]:
-    """The flags that are not as published in some of the kinds, and the values that each has among all of them."""
-    kinds = set(kinds)
-    names = sorted({name for kind in kinds for name, _ in kind.setting + kind.own})
-    return {name: {shown(kind.value(name)) for kind in kinds if kind.has(name)} for name in names}
-
-
-def order(kind: Kind, names: Iterable[str]) -> list[list[str | float]]:
-    """To sort by setting, teacher, network, method and its flags, of which the `names` are looked at."""
-    flags = {name: shown(kind.value(name)) for name in names}
-    setting = [flags.pop(name) for name in list(flags) if name not in OF_METHODS]
-    return [natural(word) for word in (*setting, kind.teacher, kind.network, kind.method, *flags.values())]
-
-
-def natural(word: str) -> list[str | float]:
-    """To sort numbers within a text as numbers: resnet8 before resnet20, 9.0 before 10.0 and after 1e-05."""
-    parts = re.split(r"(\d+(?:\.\d+)?(?:e-?\d+)?)", word)
-    return [float(part) if i % 2 else part for i, part in enumerate(parts)]
+def flags_in(frame: pd.DataFrame) -> list[str]:
+    return sorted(name for name in frame if name.startswith("--"))
 
 
 def shown(value: Any) -> str:
-    """A flag's value as one types it; "" where it is not set."""
-    if isinstance(value, list | tuple):
-        return " ".join(map(str, value))
+    """A flag's value as one types it; empty if it is not set."""
     return "" if value is None or value is False else str(value)
 
 
-def write_record(file: Path, runs: list[Run]) -> None:
-    """Writes a line for each run to a .jsonl file, in place of the one with its name and flags; other lines stay."""
+# -------------------------------------------------------------------------------------------------------- recording
+
+
+def write_record(file: Path, runs: list[dict[str, Any]]) -> None:
+    """Writes a line for each run to a .jsonl file. It replaces the line with the same name and flags; others stay.
+
+    Raises:
+        UserError: there is no run, the file's name does not end in .jsonl, or a line of it can't be read.
+        OSError: the file can't be written. It stays as it was.
+    """
     if file.suffix != ".jsonl":
-        refuse(file, "not the name of a .jsonl file")
+        raise UserError(f"{file}: the name does not end in .jsonl")
     if not runs:
-        refuse(file, "no finished run to record")
-    lines = {run.identity: run for run in read_runs(file, damaged=refuse)} if file.exists() else {}
-    lines |= {run.identity: run for run in reversed(runs)}  # one that is there twice counts once, the first one
-    names = unusual(run.kind for run in lines.values())
-    ordered = sorted(lines.values(), key=lambda run: (run.dataset, order(run.kind, names), run.seed, run.identity))
-    beside = file.with_name(f".{file.name}.{os.getpid()}.part")
-    try:
-        beside.write_text("".join(json.dumps(run.record) + "\n" for run in ordered))
-        os.replace(beside, file)
-    finally:
-        beside.unlink(missing_ok=True)
-    print(f"{file} has {len(ordered)} line(s), {len({run.identity for run in runs})} of them of runs found now")
+        raise UserError(f"{file}: no finished run to record")
+    before = {run["identity"]: run for run in read_runs(file, all_or_none=True)} if file.exists() else {}
+    found: dict[str, dict] = {}
+    for run in runs:
+        found.setdefault(run["identity"], run)  # a copy in an inner folder does not count
+    lines = before | found
+    part = file.with_name(f".{file.name}.part")
+    part.write_text("".join(json.dumps(run["record"]) + "\n" for run in lines.values()))
+    os.replace(part, file)
+    print(f"{file} has {len(lines)} line(s), {len(found)} of them of runs found now")

@@ -1,369 +1,294 @@
-"""What the finished runs reached, beside what was published.
+"""Prints what the finished runs reached, beside what was published.
 
     python experiments/table.py                                            # the run folders in experiments/
     python experiments/table.py --markdown                                 # the same for a README; or --csv, --json
-    python experiments/table.py experiments/fashion_mnist.jsonl --dataset fashion_mnist
-    python experiments/table.py experiments/cifar100 --against KD          # gains over KD, seed by seed
+    python experiments/table.py experiments/cifar100.jsonl --against KD    # gains over KD, seed by seed
     python experiments/table.py --record experiments/mine.jsonl experiments/cifar100
 
-Runs on CIFAR-100 with the published flags fill the published tables; all others are listed, a row for each combination
+Runs on CIFAR-100 with the published flags fill the published tables. All others are listed: a row for each combination
 of networks, method and flags, a column for each flag that varies.
 """
 
 import argparse
-import csv
 import json
-import math
+import re
 import signal
-import statistics
 import sys
-from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+
+import pandas as pd
+from scipy.stats import t as student_t
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # wherever this is started from
 
-from harness import flags
 from experiments.runs import (
     ABLATION,
-    COMMON,
-    COMPUTED,
-    SCRIPT,
-    Kind,
-    Run,
+    BY,
+    OF_METHODS,
+    OWN,
+    flags_in,
+    frame_of,
     leave_out,
-    natural,
-    order,
     read_runs,
-    refuse,
     shown,
-    unusual,
     write_record,
 )
+from harness import flags
 
 PUBLISHED = Path(__file__).with_name("published_results.json")
+NETWORKS = ["teacher", "network", "method"]
 NONE = "–"
-BY = ("device", *COMPUTED)
-NORMAL = (-1.0, 0.1)  # where a faithful run lands, from the published figure
-
+NORMAL = (-1.0, 0.1)  # where a faithful run lands, relative to the published figure
 NOTES = """\
 here: mean ± standard deviation over seeds (number of seeds), of the best epoch, as published, and of the last.
-normal range: what to expect of a faithful run, going by what others got: 1.0 below to 0.1 above what was published.
-KD, 4 views, KD + tf and KD + ss are SSKD without tf and ss, without ss, and without tf; the rows from KD to CRD see one
-view of an image. DKD, KD + LS: published with the teachers of CRD's tables, which are other ones.
-† one teacher for all of these seeds; elsewhere each seed has its own."""
+normal range: what to expect of a faithful run, from what others got: 1.0 below to 0.1 above the published figure.
+KD, 4 views, KD + tf and KD + ss are SSKD without tf and ss, without ss, and without tf. The methods from KD to CRD see
+one view of an image. DKD, KD + LS: published with the teachers of CRD's tables, which are other ones.
+† one teacher for all of these seeds; elsewhere each seed has its own.
+"""
 
 
-class Row(NamedTuple):
-    """Runs that are averaged, each with another seed; their teachers go with the seeds, or all have the same one."""
-
-    kind: Kind
-    one_teacher: str  # its fingerprint, or ""
-    runs: dict[int, Run]  # by seed
+# --------------------------------------------------------------------------------------------------- runs become rows
 
 
-# ------------------------------------------------------------------------------------------------- runs become rows
+def sort_into_rows(runs: pd.DataFrame, by: Sequence[str] = ()) -> pd.DataFrame:
+    """Adds the columns kind, one_teacher and row, and sorts by row and seed.
 
-
-def rows_of(runs: Iterable[Run]) -> list[Row]:
-    """The runs by kind and teacher, sorted; one that is there twice counts once."""
-    kinds: dict[Kind, dict[tuple[int, str], Run]] = defaultdict(dict)
-    for run in runs:
-        first = kinds[run.kind].setdefault((run.seed, run.teacher), run)
-        if first.accuracies != run.accuracies:
-            differing = " ".join(name for name in BY if first.computed[name] != run.computed[name])
-            hint = f" (--by {differing} tells them apart)" if differing else ""
-            leave_out(run.place, f"another run is of its setting and seed{hint}")
-    rows = [Row(kind, *row) for kind, found in kinds.items() for row in by_teacher(list(found.values())).items()]
-    flags = unusual(kinds)
-    return sorted(rows, key=lambda row: (order(row.kind, flags), row.one_teacher))
-
-
-def by_teacher(runs: list[Run]) -> dict[str, dict[int, Run]]:
-    """Parts the runs of a kind such that no row mixes teachers: "" has those whose teachers go with the seeds.
-
-    A teacher that several seeds have, and each of several that the same seed has, makes a row of its own, under its
-    fingerprint. The run of seed 0 with the teacher of seed 0 may be in both sorts of rows.
+    Runs of one kind have the same networks, method and flags (and columns `by`). The runs of one row are averaged: one
+    for each seed. A run that is there twice counts once; if its accuracies differ, stderr says which one is left out.
     """
-    shared = {teacher for teacher, n in Counter(run.teacher for run in runs if run.teacher).items() if n > 1}
-    own = [run for run in runs if run.teacher not in shared or run.teacher_folder.endswith(f"_seed{run.seed}")]
-    several = {seed for seed, n in Counter(run.seed for run in own).items() if n > 1}
-    rows: dict[str, dict[int, Run]] = defaultdict(dict)
-    if any(run.teacher not in shared and run.seed not in several for run in own):
-        rows[""] = {run.seed: run for run in own if run.seed not in several}
-    for run in runs:
-        if run.teacher in shared or run.seed in several:
-            rows[run.teacher][run.seed] = run
-    return rows
+    runs = runs.assign(kind=runs.groupby([*NETWORKS, *by, *flags_in(runs)], dropna=False, sort=False).ngroup())
+    same = ["kind", "seed", "fingerprint"]
+    again = runs.duplicated(same)
+    for place in runs["place"][again & ~runs.duplicated([*same, "best", "last"])]:
+        leave_out(place, "another run has the same flags and seed (--by may tell them apart)")
+    runs = pd.concat([split_by_teacher(kind) for _, kind in runs[~again].groupby("kind")])
+    own = [name for name in unusual_flags(runs) if name in OF_METHODS]
+    order = [*by, *(name for name in unusual_flags(runs) if name not in own), *NETWORKS, *own]
+    runs = runs.sort_values([*order, "kind", "one_teacher", "seed"], key=natural)
+    return runs.assign(row=runs.groupby(["kind", "one_teacher"], sort=False).ngroup())
 
 
-def told_apart(run: Run, by: Iterable[str]) -> Run:
-    """The run, as one of a setting that says how it was computed, too."""
-    setting = dict(run.kind.setting) | {name: run.computed[name] for name in by}
-    return run._replace(kind=run.kind._replace(setting=tuple(sorted(setting.items()))))
+def natural(column: pd.Series) -> pd.Series:
+    """To sort numbers within texts as numbers: resnet8 before resnet20, 9.0 before 10.0 and after 1e-05."""
+    number = r"\d+(?:\.\d+)?(?:e-?\d+)?"
+    return column.map(lambda value: re.sub(number, lambda found: f"{float(found[0]):030.12f}", shown(value)))
 
 
-def warn_of_teachers(runs: Iterable[Run]) -> None:
-    """Tells of teachers of one name and different weights, whose students would be compared with each other."""
-    found = defaultdict(set)
-    for run in runs:
-        if run.teacher:
-            found[run.kind.network, run.kind.setting, run.teacher_folder].add(run.teacher)
-    names = sorted({name for (*_, name), weights in found.items() if len(weights) > 1}, key=natural)
-    if names:
-        which = ", ".join(names[:3]) + ", …" * (len(names) > 3)
-        what = f"students in one setting have different teachers of one name: {which}"
-        print(f"{SCRIPT}: {what}; name one of their folders to see it alone", file=sys.stderr)
+def split_by_teacher(runs: pd.DataFrame) -> pd.DataFrame:
+    """Adds the column one_teacher to the runs of a kind, so that no row mixes teachers: "" if each seed has its own.
+
+    A teacher that several seeds share has a row, under its fingerprint; so has each of several teachers of one seed.
+    The run of seed 0 with the teacher of seed 0 may be in rows of both sorts.
+    """
+    shared = runs["fingerprint"].ne("") & runs.duplicated("fingerprint", keep=False)
+    of_seed = runs.apply(lambda run: run["teacher_folder"].endswith(f"_seed{run['seed']}"), axis=1)
+    own = runs[~shared | of_seed].drop_duplicates("seed", keep=False)
+    own = own[:0] if shared[own.index].all() else own
+    rest = runs[shared | ~runs.index.isin(own.index)]
+    return pd.concat([own.assign(one_teacher=""), rest.assign(one_teacher=rest["fingerprint"])])
 
 
-# ------------------------------------------------------------------------------------------------------- statistics
+def warn_of_teachers(runs: pd.DataFrame, setting: list[str]) -> None:
+    """Warns of teachers with one name and different weights: a table would compare their students."""
+    groups = runs[runs["teacher"] != ""].groupby(["network", *setting, "teacher_folder"], dropna=False)
+    names = {group["teacher_folder"].iloc[0] for _, group in groups if group["fingerprint"].nunique() > 1}
+    for name in sorted(names):
+        flags.warn(f"students in one setting have different teachers of the name {name}; read their folders apart")
 
 
-def spread(values: Iterable[float | None]) -> tuple[float | None, float | None]:
-    """Mean and standard deviation (of a sample); None where there are too few, or a run has no such figure."""
-    values = list(values)
-    if not values or None in values:
-        return None, None
-    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None
+def summary_of(runs: pd.DataFrame) -> pd.DataFrame:
+    """A line for each row: what its runs share, n, their seeds, mean and standard deviation (of a sample)."""
+    rows = runs.groupby("row")
+    table = runs.drop_duplicates("row").set_index("row").assign(n=rows.size(), seeds=rows["seed"].apply(list))
+    for which in ("best", "last"):
+        table[f"{which}_mean"], table[f"{which}_sd"] = rows[which].mean(), rows[which].std()
+    return table
 
 
-def interval(differences: list[float]) -> tuple[float | None, float | None, float | None]:
-    """Mean of paired differences and the ends of its 95 % interval."""
-    mean, deviation = spread(differences)
-    if deviation is None:
-        return mean, None, None
-    half = student_t(len(differences) - 1) * deviation / math.sqrt(len(differences))
-    return mean, mean - half, mean + half
+def gains_over(method: str, runs: pd.DataFrame, setting: list[str]) -> pd.DataFrame:
+    """What each row gains over a method: mean of the paired differences and its 95 % interval (Student's t).
+
+    A pair has the same network, setting, seed and teacher; a network trained alone fits any teacher. If several rows of
+    the method fit, the one whose flags are nearest to the published ones counts.
+    """
+    others = runs[runs["method"] == method]
+    pairs = runs.merge(others, on=["network", "seed", *setting], suffixes=("", "_other"))
+    pairs = pairs[(pairs["fingerprint_other"] == pairs["fingerprint"]) | (pairs["teacher_other"] == "")]
+    pairs = pairs.assign(departures=pairs["unusual_other"].map(len))
+    fitting = pairs.groupby(["row", "departures", "row_other"], as_index=False).size()
+    fitting = fitting.sort_values(["row", "departures", "size"], ascending=[True, True, False], kind="stable")
+    pairs = pairs.merge(fitting.drop_duplicates("row")[["row", "row_other"]])
+    pairs = pairs[pairs["kind"] != pairs["kind_other"]]
+    gains = {"pairs": pairs.groupby("row").size()}
+    for which in ("best", "last"):
+        differences = (pairs[which] - pairs[f"{which}_other"]).groupby(pairs["row"])
+        mean, half = differences.mean(), student_t.ppf(0.975, differences.count() - 1) * differences.sem()
+        gains |= {f"{which}_difference": mean, f"{which}_low": mean - half, f"{which}_high": mean + half}
+    table = pd.DataFrame(gains, index=pd.Index(runs["row"].unique(), name="row"))
+    return table.assign(pairs=table["pairs"].fillna(0).astype(int))
 
 
-def student_t(freedom: int, share: float = 0.95) -> float:
-    """The t such that a share of Student's distribution lies between −t and t; `freedom`: its degrees, at least 1."""
-    low, high = 0.0, math.pi / 2
-    for _ in range(60):
-        angle = (low + high) / 2
-        if within(angle, freedom) < share:
-            low = angle
+def unusual_flags(table: pd.DataFrame) -> list[str]:
+    """The flags that are not as published in some of the rows."""
+    return sorted({name for names in table["unusual"] for name in names})
+
+
+def split_flags(table: pd.DataFrame) -> tuple[list[str], str]:
+    """The unusual flags that vary among the methods that use them, and all others as one types them."""
+    varying, same = [], []
+    for name in unusual_flags(table):
+        uses = [name not in OF_METHODS or name in OWN[method] for method in table["method"]]
+        values = table.loc[uses, name].map(shown).unique()
+        if len(values) > 1:
+            varying.append(name)
         else:
-            high = angle
-    return math.sqrt(freedom) * math.tan(low)
+            same.append(f"{name} {values[0]}".strip())
+    return varying, " ".join(same)
 
 
-def within(angle: float, freedom: int) -> float:
-    """The share between ±√freedom · tan(angle): the finite series 26.7.3 and 26.7.4 of Abramowitz and Stegun."""
-    odd = freedom % 2
-    term = math.cos(angle) if odd else 1.0
-    total = 0.0
-    for power in range(odd, freedom - 1, 2):
-        term *= (power - 1) / power * math.cos(angle) ** 2 if power > 1 else 1.0
-        total += term
-    total *= math.sin(angle)
-    return (angle + total) * 2 / math.pi if odd else total
+# ------------------------------------------------------------------------------------------------------------ printing
 
 
-# --------------------------------------------------------------------------------------------------- rows become text
+def accuracy(row: pd.Series, which: str) -> str:
+    """Mean ± standard deviation (number of seeds)."""
+    mean, deviation = row[f"{which}_mean"], row[f"{which}_sd"]
+    spread = "" if pd.isna(deviation) else f" ± {deviation:.2f}"
+    return NONE if pd.isna(mean) else f"{mean:.2f}{spread} ({row['n']})"
 
 
-def figures(row: Row, flags: Iterable[str]) -> dict[str, Any]:
-    """All that is to be said of a row."""
-    found = {"network": row.kind.network, "teacher": row.kind.teacher, "one_teacher": row.one_teacher}
-    found |= {"method": row.kind.method} | {name: row.kind.value(name) for name in flags}
-    found |= {"epoch_chosen_on": "held-out images" if row.kind.value("val_fraction") else "test set"}
-    found |= {"n": len(row.runs)}
-    for i, name in enumerate(("best", "last")):
-        found[f"{name}_mean"], found[f"{name}_sd"] = spread(run.accuracies[i] for run in row.runs.values())
-    return found | {"seeds": sorted(row.runs)}
+def gain(row: pd.Series, which: str) -> str:
+    """Mean difference [95 % interval] (number of pairs)."""
+    mean, low, high = (row[f"{which}_{what}"] for what in ("difference", "low", "high"))
+    ends = "" if pd.isna(low) else f" [{low:+.2f}, {high:+.2f}]"
+    return NONE if pd.isna(mean) else f"{mean:+.2f}{ends} ({row['pairs']})"
 
 
-def against(row: Row, others: list[Row]) -> dict[str, Any]:
-    """What the row has over those of a method, by pairs of runs with the same network, setting, seed and teacher.
+def show_published(rows: pd.DataFrame, markdown: bool) -> pd.DataFrame:
+    """Prints the published tables beside the rows that have the published flags, and returns the other rows.
 
-    Of several that fit, the one whose own flags are nearest to the published counts; a network alone fits any teacher.
+    A table without such a row is not printed.
     """
-    mine, fitting = row.kind, []
-    for other in others:
-        its = other.kind
-        if (its.network, its.setting) == (mine.network, mine.setting) and its.teacher in ("", mine.teacher):
-            both = [(run, other.runs[seed]) for seed, run in row.runs.items() if seed in other.runs]
-            fitting.append((its, [(a, b) for a, b in both if b.teacher in ("", a.teacher)]))
-    its, pairs = min(fitting, key=lambda fit: (not fit[1], len(fit[0].own), -len(fit[1])), default=(mine, []))
-    if its == mine:
-        pairs = []
-    found = {"pairs": len(pairs)}
-    for i, name in enumerate(("best", "last")):
-        values = [(a.accuracies[i], b.accuracies[i]) for a, b in pairs]
-        ends = interval([a - b for a, b in values if a is not None and b is not None])
-        found |= dict(zip((f"{name}_difference", f"{name}_low", f"{name}_high"), ends, strict=True))
-    return found
-
-
-def cells(found: dict[str, Any]) -> list[str]:
-    """Of the best and of the last epoch: mean ± standard deviation (number of seeds)."""
-    texts = []
-    for name in ("best", "last"):
-        mean, deviation = found[f"{name}_mean"], found[f"{name}_sd"]
-        more = "" if deviation is None else f" ± {deviation:.2f}"
-        texts.append(NONE if mean is None else f"{mean:.2f}{more} ({found['n']})")
-    return texts
-
-
-def gains(found: dict[str, Any]) -> list[str]:
-    """Of the best and of the last epoch: mean difference [95 % interval] (number of pairs)."""
-    texts = []
-    for name in ("best", "last"):
-        mean, low, high = (found[f"{name}_{what}"] for what in ("difference", "low", "high"))
-        ends = "" if low is None else f" [{low:+.2f}, {high:+.2f}]"
-        texts.append(NONE if mean is None else f"{mean:+.2f}{ends} ({found['pairs']})")
-    return texts
-
-
-def show_published(title: str, table: dict, results: dict[Kind, Row], markdown: bool) -> set[Kind]:
-    """Prints a published table, a column for each pair, beside the results; returns which kinds of runs it has."""
-    pairs = [tuple(pair) for pair in table["pairs"]]
-    teachers, students = zip(*pairs, strict=True)
-    kinds = {
-        "teacher": [Kind("", teacher, "alone") for teacher in teachers],
-        "student": [Kind("", student, "alone") for student in students],
-    }
-    methods = [name for name in table if name not in ("pairs", "SSKD, re-run", *kinds)]
-    kinds |= {method: [Kind(*pair, method) for pair in pairs] for method in (*methods, *ABLATION)}
-    rows = []
-    for name in kinds:
-        block = []
-        if name in table:  # not the ablation, of which the paper has bars only
-            block.append(["published", *(f"{x:.2f}" if x else NONE for x in table[name])])
-        if name == "SSKD":
-            reruns = table["SSKD, re-run"]
-            block.append(["re-run, HSAKD", *("{:.2f} ± {:.2f}".format(*x) if x else NONE for x in reruns)])
-            block.append(["normal range", *(" to ".join(f"{x + end:.2f}" for end in NORMAL) for x in table[name])])
-        found = [results.get(kind) for kind in kinds[name]]
-        texts = [cells(figures(row, ())) if row else [NONE, NONE] for row in found]
-        marks = [" †" if row and row.one_teacher else "" for row in found]
-        for i, which in enumerate(("best", "last")):
-            block.append([f"here, {which}", *(both[i] + mark for both, mark in zip(texts, marks, strict=True))])
-        rows += [["" if i else name, *row] for i, row in enumerate(block)]
-    show(title, [["teacher", "", *teachers], ["student", "", *students]], rows, markdown)
-    return set().union(*kinds.values())
-
-
-def show_all_published(rows: list[Row], markdown: bool) -> list[Row]:
-    """Prints the published tables, and returns those of the rows that have no place in them."""
-    results = {row.kind: row for row in reversed(rows)}  # where each seed has its own teacher comes first
-    kinds = set()
+    usual = rows[rows["unusual"].map(len) == 0].drop_duplicates(NETWORKS)  # "" comes first: a teacher for each seed
+    here = {tuple(row[NETWORKS]): row for _, row in usual.iterrows()}
+    used = set()
     for name, title in (("similar", "Similar networks"), ("cross", "Different networks")):
         table = json.loads(PUBLISHED.read_text())[name]
-        kinds |= show_published(f"{title}: top-1 accuracy (%) on CIFAR-100", table, results, markdown)
-    print(NOTES, end="\n\n")
-    return [row for row in rows if row.kind not in kinds or row is not results[row.kind]]
+        pairs, reruns = table.pop("pairs"), table.pop("SSKD, re-run")
+        lines = []
+        for method in (*table, *ABLATION):
+            kinds = [(*pair, method) for pair in pairs]
+            if method in ("teacher", "student"):
+                kinds = [("", pair[method == "student"], "alone") for pair in pairs]
+            found = [here.get(kind) for kind in kinds]
+            used |= {row.name for row in found if row is not None}
+            if method in table:
+                lines.append([method, "published", *(f"{x:.2f}" if x else NONE for x in table[method])])
+            if method == "SSKD":
+                lines.append([method, "re-run, HSAKD", *("{:.2f} ± {:.2f}".format(*x) if x else NONE for x in reruns)])
+                normal = (" to ".join(f"{x + end:.2f}" for end in NORMAL) for x in table[method])
+                lines.append([method, "normal range", *normal])
+            for which in ("best", "last"):
+                cells = (NONE if row is None else accuracy(row, which) + " †" * bool(row.one_teacher) for row in found)
+                lines.append([method, f"here, {which}", *cells])
+        heads = pd.MultiIndex.from_tuples([("teacher", "student"), ("", ""), *map(tuple, pairs)])
+        if any("(" in text for line in lines for text in line[2:]):
+            show(f"{title}: top-1 accuracy (%) on CIFAR-100", pd.DataFrame(lines, columns=heads), markdown)
+    if used:
+        print(NOTES)
+    return rows.drop(index=list(used))
 
 
-def show_list(args: argparse.Namespace, rows: list[Row], others: list[Row]) -> None:
-    """Prints the rows, with a column for each flag that varies; what they share is in the title."""
-    by, method = args.by, args.against
-    values = unusual(row.kind for row in rows)
-    columns = by + [name for name in values if name not in by and len(values[name]) > 1]
-    same = [f"{typed(name)} {' '.join(values[name])}".strip() for name in values if name not in columns]
-    head = ["network", "teacher", "method", *map(typed, columns), "best", "last"]
-    head += [f"{which} − {method}" for which in ("best", "last") if method]
-    lines = []
-    for row in rows:
-        one = f" ({row.one_teacher[:8]})" if row.one_teacher else ""
-        flags = [shown(row.kind.value(name)) or NONE for name in columns]
-        line = [row.kind.network, f"{row.kind.teacher}{one}" or NONE, row.kind.method, *flags]
-        lines.append([*line, *cells(figures(row, ())), *(gains(against(row, others)) if method else ())])
-    show(f"{args.dataset}, {' '.join(same) or 'published flags'}", [head], lines, args.markdown)
-    if any(row.one_teacher for row in rows):
+def show_list(rows: pd.DataFrame, args: argparse.Namespace) -> None:
+    """Prints the rows with a column for each flag that varies. The title has the flags that they share."""
+    varying, same = split_flags(rows)
+    one = [f" ({fingerprint[:8]})" if fingerprint else "" for fingerprint in rows["one_teacher"]]
+    table = pd.DataFrame({"network": rows["network"], "teacher": rows["teacher"] + one, "method": rows["method"]})
+    for name in (*args.by, *varying):
+        table[name] = rows[name].map(shown)
+    for which in ("best", "last"):
+        table[which] = rows.apply(accuracy, axis=1, which=which)
+        if args.against:
+            table[f"{which} − {args.against}"] = rows.apply(gain, axis=1, which=which)
+    show(f"{args.dataset}, {same or 'published flags'}", table.replace("", NONE), args.markdown)
+    if any(one):
         print("teacher (fingerprint of its weights): one for all seeds of the row; elsewhere each seed has its own.")
-    if "val_fraction" in values:
+    if rows["--val-fraction"].notna().any():
         print("--val-fraction: test accuracy at the epoch that is best on held-out images; else best on the test set.")
-    if method:
-        print(f"− {method}: mean difference [95 % interval, Student's t] (pairs with the same seed and teacher).")
+    if args.against:
+        print(f"− {args.against}: mean difference [95 % interval, Student's t] (pairs with the same seed and teacher).")
 
 
-def typed(name: str) -> str:
-    """The name of a flag as one types it."""
-    return name if name == "device" else f"--{name.replace('_', '-')}"
-
-
-def show(title: str, heads: list[list[str]], rows: list[list[str]], markdown: bool) -> None:
-    """Prints a table whose head may have several lines."""
-    if markdown:  # has one
-        heads = [[" → ".join(filter(None, column)) for column in zip(*heads, strict=True)]]
-    widths = [max(map(len, column)) for column in zip(*heads, *rows, strict=True)]
-    lines = [[text.ljust(width) for text, width in zip(row, widths, strict=True)] for row in (*heads, *rows)]
+def show(title: str, table: pd.DataFrame, markdown: bool) -> None:
+    """Prints a table of texts."""
     if markdown:
-        lines.insert(1, ["---"] * len(widths))
-        print(f"**{title}**\n", *(f"| {' | '.join(line)} |" for line in lines), sep="\n", end="\n\n")
+        heads = [" → ".join(filter(None, [head] if isinstance(head, str) else head)) for head in table]
+        lines = [f"| {' | '.join(line)} |" for line in (heads, ["---"] * len(heads), *table.to_numpy())]
+        print(f"**{title}**\n", *lines, sep="\n", end="\n\n")
     else:
-        print(title, *("  ".join(line).rstrip() for line in lines), sep="\n", end="\n\n")
+        print(title, table.to_string(index=False, sparsify=False), sep="\n", end="\n\n")
 
 
-def write_rows(rows: list[dict[str, Any]], as_csv: bool) -> None:
-    """Prints the rows as CSV, with lists as words, or as JSON."""
-    if as_csv:
-        writer = csv.DictWriter(sys.stdout, rows[0] if rows else [], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({name: shown(value) for name, value in row.items()} for row in rows)
-    else:
-        print("[", ",\n".join(map(json.dumps, rows)), "]", sep="\n")
+# ------------------------------------------------------------------------------------------------------------- command
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = flags.Parser("Prints what the runs reached, beside what was published.")
+    where = "a folder (all finished runs below it) or a .jsonl file; default: the folder of this script"
+    parser.add_argument("paths", nargs="*", type=Path, default=[Path(__file__).parent], metavar="PATH", help=where)
+    parser.add_argument("--dataset", default="cifar100", help="show the runs on this data set")
+    over = "list all runs with their gains over this method (KD, for example), paired by seed and teacher"
+    parser.add_argument("--against", metavar="METHOD", help=over)
+    apart = f"list all runs and tell apart how they were computed: {', '.join(BY)}"
+    parser.add_argument("--by", nargs="+", choices=BY, default=[], metavar="HOW", help=apart)
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--markdown", action="store_true", help="print Markdown")
+    form.add_argument("--csv", action="store_true", help="list all runs as CSV")
+    form.add_argument("--json", action="store_true", help="list all runs as JSON")
+    parser.add_argument("--record", type=Path, metavar="FILE", help="add the runs to this .jsonl file; print no table")
+    return parser.parse_args(argv)
+
+
+def show_tables(args: argparse.Namespace) -> None:
+    found = [run for path in args.paths for run in read_runs(path)]
+    if args.record:
+        write_record(args.record, found)
+        return
+    runs = sort_into_rows(frame_of(found, args.dataset), args.by)
+    setting = [*args.by, *(name for name in flags_in(runs) if name not in OF_METHODS)]
+    warn_of_teachers(runs, setting)
+    rows = summary_of(runs)
+    columns = ["dataset", "network", "teacher", "one_teacher", "method", *args.by, *unusual_flags(rows)]
+    columns += ["n", "best_mean", "best_sd", "last_mean", "last_sd", "seeds"]
+    if args.against:
+        if args.against not in set(rows["method"]):
+            there = ", ".join(rows["method"].unique())
+            raise flags.UserError(f"--against {args.against}: no run of this method; there are {there}")
+        gains = gains_over(args.against, runs, setting)
+        rows, columns = rows.join(gains), [*columns, *gains]
+    if args.csv or args.json:
+        data = rows[columns].rename(columns=lambda name: name.lstrip("-").replace("-", "_"))
+        if args.json:
+            print(data.to_json(orient="records", double_precision=15, force_ascii=False))
+        else:
+            print(data.to_csv(index=False), end="")
+        return
+    if args.dataset == "cifar100" and not (args.by or args.against):
+        rows = show_published(rows, args.markdown)
+    if len(rows):
+        show_list(rows, args)
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = flags.Parser(
-        "Prints what the runs reached beside what was published.", formatter_class=argparse.HelpFormatter
-    )
-    where = "a folder, for all finished runs below it, or a .jsonl file; default: the folder of this script"
-    parser.add_argument("paths", nargs="*", type=Path, default=[Path(__file__).parent], metavar="PATH", help=where)
-    parser.add_argument("--dataset", default=COMMON["dataset"], help="the runs on this data set")
-    over = "list all runs, with their gains over this row (KD, say), run by run: paired by seed and teacher"
-    parser.add_argument("--against", metavar="METHOD", help=over)
-    apart = f"list all runs, told apart by how they were computed, too: {', '.join(BY)}"
-    parser.add_argument("--by", nargs="+", choices=BY, default=[], metavar="HOW", help=apart)
-    form = parser.add_mutually_exclusive_group()
-    form.add_argument("--markdown", action="store_true", help="for a README")
-    form.add_argument("--csv", action="store_true", help="list all runs for another program")
-    form.add_argument("--json", action="store_true", help="the same as JSON")
-    parser.add_argument("--record", type=Path, metavar="FILE", help="add the runs to this .jsonl file; no table")
+    flags.show_any_name()  # such as ± and †
     try:
-        args = parser.parse_args(argv)
-        runs = [run for path in args.paths for run in read_runs(path)]
-        if args.record:
-            write_record(args.record, runs)
-            return
-    except flags.UserError as error:
-        flags.tell(SCRIPT, f"error: {error}")
+        show_tables(parse_args(argv))
+    except (flags.UserError, OSError) as error:
+        flags.tell("table.py", f"error: {error}")
         sys.exit(2)
-    except OSError as error:
-        refuse(error.filename2 or error.filename, error.strerror)
-
-    asked = [told_apart(run, args.by) for run in runs if run.dataset == args.dataset]
-    warn_of_teachers(asked)
-    rows = rows_of(asked)
-    others = [row for row in rows if row.kind.method == args.against]
-    if args.against and rows and not others:
-        known = ", ".join(dict.fromkeys(row.kind.method for row in rows))
-        refuse(f"--against {args.against}", f"no run is of this row of the tables; there are {known}")
-
-    if args.csv or args.json:
-        varying = unusual(row.kind for row in rows)
-        gain = {"against": args.against} if args.against else {}
-        found = [{"dataset": args.dataset} | figures(row, varying) | gain for row in rows]
-        for line, row in zip(found, rows, strict=True):
-            line |= against(row, others) if args.against else {}
-        write_rows(found, args.csv)
-    else:
-        if args.dataset == COMMON["dataset"] and not (args.by or args.against):
-            rows = show_all_published(rows, args.markdown)
-        if rows:
-            show_list(args, rows, others)
-    if not asked:
-        out = sys.stderr if args.csv or args.json else sys.stdout
-        print(f"no finished run on {args.dataset} in {', '.join(map(str, args.paths))}", file=out)
-        for dataset, count in sorted(Counter(run.dataset for run in runs).items()):
-            print(f"{count} run{'s' if count > 1 else ''} on {dataset}: --dataset {dataset}", file=out)
 
 
 if __name__ == "__main__":
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # table.py | head ends quietly
-    flags.show_any_name()  # such as ± and †
     main()
