@@ -16,9 +16,8 @@ from typing import Any
 
 import pandas as pd
 
-from harness.flags import UserError, tell
-
-LOW_RATE = ("MobileNetV2", "ShuffleV1", "ShuffleV2")  # published with --lr 0.01, all other networks with 0.05
+from harness.flags import LOW_RATE, UserError, tell
+from methods import METHODS
 
 # The published flags. Runs with other values are another setting.
 COMMON = {"--epoch": 240, "--batch-size": 64, "--milestones": "150 180 210", "--momentum": 0.9}
@@ -29,30 +28,12 @@ TF = {"--tf-weight": 2.7, "--tf-T": 4.0, "--ratio-tf": 1.0}
 SS = {"--ss-weight": 10.0, "--ss-T": 0.5, "--ratio-ss": 0.75}
 SS |= {"--t-epoch": 60, "--t-lr": 0.05, "--t-milestones": "30 45"}
 
-# ---- Until methods.METHODS[name] has a label: {name: (row of the tables, --ce-weight, --kd-weight, --weight)} ----
-METHODS = {
-    "kd": ("KD", 0.1, 0.9, 0.0),
-    "fitnet": ("FitNet", 0.1, 0.9, 100.0),
-    "at": ("AT", 0.1, 0.9, 1000.0),
-    "sp": ("SP", 0.1, 0.9, 3000.0),
-    "vid": ("VID", 0.1, 0.9, 1.0),
-    "rkd": ("RKD", 0.1, 0.9, 1.0),
-    "pkt": ("PKT", 0.1, 0.9, 30000.0),
-    "ab": ("AB", 0.1, 0.9, 1.0),
-    "ft": ("FT", 0.1, 0.9, 200.0),
-    "crd": ("CRD", 0.1, 0.9, 0.8),
-    "dkd": ("DKD", 1.0, 0.0, 1.0),
-    "ls": ("KD + LS", 0.1, 0.0, 9.0),
-}
-FIRST_EPOCH = ("AB", "FT", "DKD")  # those with `first_epochs`
-# -------------------------------------------------------------------------------------------------------------------
-
 ABLATION = ("KD, 4 views", "KD + tf", "KD + ss")  # SSKD without tf and ss, without ss, without tf
 # The flags that each method uses, as published. A term whose weight is 0 uses none.
 OWN = {"alone": {}, "KD, 4 views": KD, "KD + tf": KD | TF, "KD + ss": KD | SS, "SSKD": KD | TF | SS}
-for _label, *_weights in METHODS.values():
-    OWN[_label] = KD | dict(zip(("--ce-weight", "--kd-weight", "--weight"), _weights, strict=True))
-    OWN[_label] |= dict.fromkeys(["--first-epoch"] if _label in FIRST_EPOCH else [])
+for _method in METHODS.values():
+    OWN[_method.label] = KD | {"--ce-weight": _method.ce_weight, "--kd-weight": _method.kd_weight}
+    OWN[_method.label] |= {"--weight": _method.weight} | ({"--first-epoch": None} if _method.first_epochs else {})
 OF_METHODS = {name for own in OWN.values() for name in own}
 BY = ("device", "amp", "compile", "deterministic", "t_features", "data")  # what --by of table.py tells apart
 NAMING = {"--arch", "--s-arch", "--teacher", "--method", "--seed", "--dataset", "--save-interval"}
@@ -141,7 +122,7 @@ def run_of(place: str, record: dict) -> dict[str, Any]:
 def method_of(flags: dict) -> str:
     """The row of the tables that a student belongs to."""
     if "--method" in flags:
-        return METHODS[flags["--method"]][0]
+        return METHODS[flags["--method"]].label
     tf, ss = flags["--tf-weight"] != 0, flags["--ss-weight"] != 0
     return "SSKD" if tf and ss else ABLATION[1 if tf else 2 if ss else 0]
 

@@ -34,8 +34,7 @@ sys.path.insert(0, str(ROOT))
 import baseline
 import student
 import teacher
-from experiments.runs import LOW_RATE
-from harness.flags import Parser, UserError, data_name, number
+from harness.flags import LOW_RATE, Parser, UserError, data_name, number
 from harness.record import Stopped, entry
 from methods import METHODS
 from models import model_dict

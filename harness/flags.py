@@ -15,6 +15,7 @@ from models import model_dict
 
 DATASETS = ("cifar100", "cifar10", "synthetic", "folder")
 SIDES = (32, 64)
+LOW_RATE = ("MobileNetV2", "ShuffleV1", "ShuffleV2")  # published with --lr 0.01, all other networks with 0.05
 # flags that don't affect the result; of --t-features only whether features are stored, which `settings` records
 HARMLESS = {"gpu_id", "data_root", "data_url", "experiments", "evaluate", "t_path", "t_arch", "s_path", "export"}
 
