@@ -1,8 +1,8 @@
 """Runs a script in several processes, all but the last of which it kills: python killer.py MOMENTS SCRIPT FLAGS…
 
-MOMENTS has one number for each process to kill, with commas between them. A whole number N sends SIGKILL at the N-th touch of the disk (fsync, replace
-or pwrite); a number with a decimal point ends the process after so many seconds, wherever it is. The last line of the
-output lists the exit status of each process.
+MOMENTS has one number for each process to kill, with commas between them. A whole number N sends SIGKILL at the N-th
+touch of the disk (fsync, replace or pwrite); a number with a decimal point ends the process after so many seconds,
+wherever it is. The last line of the output lists the exit status of each process.
 """
 
 import importlib
