@@ -2,115 +2,67 @@
 
 import importlib.util
 import io
-import json
-import pickle
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import SHORT, end_of, run_script
+from conftest import SHORT, TINY
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from harness import record
-from harness import sources
 import student
 import teacher
+from harness import checkpoint
+from harness.flags import UserError
 
 STUDENT = ["--t-path", "teacher_resnet8_seed0", "--s-arch", "resnet8", *SHORT]
+TEACHER = ["--arch", "resnet8", *SHORT]
+KD = [*STUDENT, "--method", "kd"]
 BAD_FLAGS = [
     ("teacher.py", [], "--arch is missing; the known ones are resnet8, "),
-    ("teacher.py", ["--arch", "resnet9"], "--arch: invalid choice: 'resnet9' (choose from "),
-    ("teacher.py", ["--arch", "wrn_40_2", "--dataset", "imagenet"], "invalid choice: 'imagenet'"),
-    (
-        "teacher.py",
-        ["--arch", "wrn_40_2", "--batch-size", "0"],
-        "--batch-size: '0' is not a whole number of",
-    ),
-    ("teacher.py", ["--arch", "wrn_40_2", "--batch-size", "many"], "'many' is not a whole number"),
-    ("teacher.py", ["--arch", "wrn_40_2", "--epoch", "0"], "--epoch: '0'"),
-    ("teacher.py", ["--arch", "wrn_40_2", "--epoch", "1.5"], "--epoch: '1.5'"),
-    ("teacher.py", ["--arch", "wrn_40_2", "--epoch", "9" * 400], "at most 1000000000"),
-    ("teacher.py", ["--arch", "wrn_40_2", "--lr", "0"], "--lr: '0' is not a number above 0"),
-    ("teacher.py", ["--arch", "wrn_40_2", "--lr", "nan"], "--lr: 'nan'"),
-    ("teacher.py", ["--arch", "wrn_40_2", "--lr", "inf"], "--lr: 'inf'"),
-    ("teacher.py", ["--arch", "wrn_40_2", "--momentum", "-1"], "--momentum: '-1'"),
-    ("teacher.py", ["--arch", "wrn_40_2", "--weight-decay", "x"], "--weight-decay: 'x'"),
-    ("teacher.py", ["--arch", "wrn_40_2", "--gamma", "-0.1"], "--gamma: '-0.1'"),
-    ("teacher.py", ["--arch", "wrn_40_2", "--milestones", "3", "2"], "--milestones: 3 2: milestones must increase"),
-    ("teacher.py", ["--arch", "wrn_40_2", "--milestones", "3", "3"], "milestones must increase"),
-    ("teacher.py", ["--arch", "wrn_40_2", "--milestones", "0", "3"], "--milestones: '0'"),
-    ("teacher.py", ["--arch", "wrn_40_2", "--milestones"], "--milestones: expected at least one argument"),
-    ("teacher.py", ["--arch", "wrn_40_2", "--seed", "-1"], "--seed: '-1'"),
-    ("teacher.py", ["--arch", "wrn_40_2", "--save-interval", "0"], "--save-interval: '0'"),
-    ("teacher.py", ["--arch", "wrn_40_2", "--amp", "int8"], "invalid choice: 'int8'"),
-    ("teacher.py", ["--arch", "wrn_40_2", "--gpu-id", "-2"], "--gpu-id: '-2'"),
-    ("teacher.py", ["--arch", "wrn_40_2", "--epochs", "3"], "unrecognized arguments: --epochs 3; did you mean --epoch"),
-    ("teacher.py", ["--arch", "resnet8", *SHORT, "--train-size", "10001"], "choose 1 to 10000"),
-    ("teacher.py", ["--arch", "resnet8", *SHORT, "--test-size", "0"], "--test-size: '0'"),
-    ("teacher.py", ["--arch", "resnet8", *SHORT, "--few-shot", "0"], "--few-shot: '0'"),
-    ("teacher.py", ["--arch", "resnet8", *SHORT, "--label-noise", "1.1"], "--label-noise: '1.1'"),
-    ("teacher.py", ["--arch", "resnet8", *SHORT, "--val-fraction", "0"], "--val-fraction: '0'"),
-    ("teacher.py", ["--arch", "resnet8", *SHORT, "--val-fraction", "0.5"], "no class has two training images"),
-    ("teacher.py", ["--arch", "resnet8", *SHORT, "--side", "64"], "--side 64 is for --dataset folder"),
-    ("teacher.py", ["--arch", "resnet8", "--dataset", "folder"], "train: no such folder; --data-root is to hold"),
+    ("teacher.py", [*TEACHER, "--batch-size", "many"], "--batch-size: 'many' is not a whole number of at least 1"),
+    ("teacher.py", [*TEACHER, "--lr", "0"], "--lr: '0' is not a number above 0"),
+    ("teacher.py", [*TEACHER, "--milestones"], "--milestones: expected at least one argument"),
+    ("teacher.py", [*TEACHER, "--test-size", "2001"], "choose 1 to 2000"),
+    ("teacher.py", [*TEACHER, "--val-fraction", "0.5"], "no class has two training images"),
+    ("teacher.py", [*TEACHER, "--side", "64"], "--side 64 is for --dataset folder"),
+    # Fails: sources.read makes the mistyped folder, for its lock.
+    ("teacher.py", [*TEACHER, "--dataset", "folder", "--data-root", "typo"], "typo/train: no such folder; --data-root"),
     ("teacher.py", ["--evaluate", "nowhere"], "nowhere: no such file or folder"),
     ("student.py", ["--s-arch", "resnet8"], "--t-path is missing"),
     ("student.py", ["--t-path", "teacher_resnet8_seed0"], "--s-arch is missing; the known ones are resnet8, "),
-    (
-        "student.py",
-        ["--t-path", "teacher_resnet8_seed0", "--s-arch", "vgg7"],
-        "--s-arch: invalid choice: 'vgg7' (choose from ",
-    ),
-    ("student.py", [*STUDENT, "--t-path", "nowhere"], "nowhere: no such file or folder"),
     ("student.py", [*STUDENT, "--t-path", "empty"], "found no checkpoint with 'best' in its name"),
-    ("student.py", [*STUDENT, "--batch-size", "1"], "--batch-size 1: "),
-    ("student.py", [*STUDENT, "--ratio-tf", "1.1"], "--ratio-tf: '1.1' is not a number of at least 0 and at most 1"),
-    ("student.py", [*STUDENT, "--ratio-ss", "-0.1"], "--ratio-ss: '-0.1'"),
-    ("student.py", [*STUDENT, "--kd-T", "0"], "--kd-T: '0' is not a number above 0"),
-    ("student.py", [*STUDENT, "--tf-T", "-4"], "--tf-T: '-4'"),
-    ("student.py", [*STUDENT, "--ss-T", "nan"], "--ss-T: 'nan'"),
-    ("student.py", [*STUDENT, "--ss-weight", "-1"], "--ss-weight: '-1'"),
-    ("student.py", [*STUDENT, "--t-epoch", "0"], "--t-epoch: '0'"),
-    ("student.py", [*STUDENT, "--t-milestones", "2", "1"], "--t-milestones: 2 1: milestones must increase"),
-    ("student.py", [*STUDENT, "--dataset", "cifar10"], "trained on synthetic, 100 classes; cifar10 has 10"),
     ("student.py", [*STUDENT, "--t-path", "old/best.pth"], "--t-arch"),
     ("student.py", [*STUDENT, "--t-path", "old/best.pth", "--t-arch", "vgg8"], "does not fit vgg8"),
-    ("student.py", [*STUDENT, "--t-path", "old/best.pth", "--t-arch", "vgg9"], "invalid choice: 'vgg9'"),
     ("student.py", [*STUDENT, "--t-path", "unfinished"], "unfinished: this run is not finished"),
     ("student.py", [*STUDENT, "--t-path", "unfinished/ckpt"], "unfinished: this run is not finished"),
+    # Fails: sources.read_for warns and downloads CIFAR-10 before it compares the numbers of classes.
+    ("student.py", [*STUDENT, "--dataset", "cifar10"], "trained on synthetic, 100 classes; cifar10 has 10"),
+    ("student.py", [*STUDENT, "--batch-size", "1"], "--batch-size 1: "),
+    ("student.py", [*STUDENT, "--ratio-tf", "1.1"], "--ratio-tf: '1.1' is not a number of at least 0 and at most 1"),
+    ("student.py", [*STUDENT, "--t-milestones", "2", "1"], "--t-milestones: 2 1: milestones must increase"),
     ("student.py", [*STUDENT, *"--ce-weight 0 --kd-weight 0 --tf-weight 0 --ss-weight 0".split()], "nothing to learn"),
-    ("student.py", [*STUDENT, "--export", "nowhere/student.pt2"], "--export nowhere/student.pt2: give a file's name"),
-    ("student.py", [*STUDENT, "--export", "empty"], "--export empty: give a file's name"),
-    ("student.py", [*STUDENT, "--export", ""], "--export '': give a file's name"),
-    ("student.py", [*STUDENT, "--export", "."], "--export .: give a file's name"),
-    ("student.py", ["--s-path", "plain", "--export", "plain/best.pth"], "--export plain/best.pth: is there already"),
+    ("student.py", [*STUDENT, "--export", "nowhere/s.pt2"], "--export nowhere/s.pt2: give the name of a file"),
+    ("student.py", [*STUDENT, "--export", "empty"], "--export empty: give the name of a file"),
+    ("student.py", ["--s-path", "plain", "--export", "plain/best.pth"], "--export plain/best.pth: exists already and"),
     ("student.py", ["--s-path", "plain", "--export", "s.pt"], "--export s.pt: ends in neither .pt2 (torch.export) nor"),
     ("student.py", ["--s-path", "old", "--export", "s.pt2"], "--s-arch beside --s-path"),
+    ("student.py", ["--s-path", "plain"], "--s-path is for --export"),
     ("baseline.py", STUDENT, "--method is missing; the known ones are kd, fitnet, "),
-    ("baseline.py", [*STUDENT, "--method", "sskd"], "--method: invalid choice: 'sskd' (choose from "),
     ("baseline.py", ["--method", "kd", "--s-arch", "resnet8"], "--t-path is missing"),
-    ("baseline.py", ["--method", "kd", "--t-path", "teacher_resnet8_seed0"], "--s-arch is missing"),
-    ("baseline.py", [*STUDENT, "--method", "kd", "--t-path", "unfinished"], "unfinished: this run is not finished"),
-    ("baseline.py", [*STUDENT, "--method", "kd", "--t-path", "old/best.pth"], "--t-arch"),
-    ("baseline.py", [*STUDENT, "--method", "kd", "--export", "empty"], "--export empty: give a file's name"),
-    ("baseline.py", [*STUDENT, "--method", "crd", "--weight", "-1"], "--weight: '-1' is not a number of at least 0"),
-    ("baseline.py", [*STUDENT, "--method", "crd", "--kd-T", "0"], "--kd-T: '0' is not a number above 0"),
-    ("baseline.py", [*STUDENT, "--method", "kd", "--weight", "1"], "whose weight is --kd-weight"),
-    ("baseline.py", [*STUDENT, "--method", "ab", "--ce-weight", "0", "--kd-weight", "0"], "nothing to learn"),
-    ("baseline.py", [*STUDENT, "--method", "ab", "--s-arch", "vgg8"], "the student has 4 of them, the teacher 3"),
-    (
-        "baseline.py",
-        [*STUDENT, "--method", "crd", "--train-size", "1", "--batch-size", "1"],
-        "the training set has one class only",
-    ),
+    ("baseline.py", [*KD, "--t-path", "unfinished"], "unfinished: this run is not finished"),
+    ("baseline.py", [*KD, "--weight", "1"], "whose weight is --kd-weight"),
+    ("baseline.py", [*KD, "--method", "ab", "--ce-weight", "0", "--kd-weight", "0"], "nothing to learn"),
+    ("baseline.py", [*KD, "--method", "ab", "--s-arch", "vgg8"], "the student has 4 of them, the teacher 3"),
+    ("baseline.py", [*KD, "--method", "at", "--t-features", "disk"], "at needs maps, which are not stored"),
+    ("baseline.py", [*KD, *"--method crd --train-size 1 --batch-size 1".split()], "training set has one class only"),
 ]
 
 
 @pytest.fixture
 def workplace(runs, tmp_path, monkeypatch):
-    """A folder with a teacher, checkpoints without a telling name, and an empty folder; the current directory."""
+    """The current directory: a teacher, checkpoints in folders without a telling name, an unfinished run."""
     for path in ("teacher_resnet8_seed0/best.pth", "plain/best.pth"):
         (tmp_path / path).parent.mkdir()
         (tmp_path / path).write_bytes((runs.teacher / "ckpt" / "best.pth").read_bytes())
@@ -142,92 +94,80 @@ def test_bad_flags_end_in_one_line_and_write_nothing(script, flags, words, workp
     assert listing(workplace) == before
 
 
-def test_bad_flags_end_without_a_traceback_from_the_command_line(tmp_path):
-    done = run_script("student.py", "--s-arch", "resnet8", cwd=tmp_path)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("student.py: error: --t-path is missing")
-    assert len(done.stderr.splitlines()) == 1
-
-
 class Malicious:
     def __reduce__(self):
         return (Path.touch, (Path("executed"),))
 
 
-def damage(kind, good):
-    """Bytes of a checkpoint with something wrong with it."""
-    state = torch.load(io.BytesIO(good), weights_only=True)["state_dict"]
+def half(content):
+    return content[: len(content) // 2]
+
+
+def flipped(content):
+    """One wrong bit in the middle; in a checkpoint it hits a tensor, and the checksum differs."""
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+
+
+def executable(content):
     buffer = io.BytesIO()
-    if kind == "malicious":
-        torch.save({"state_dict": Malicious()}, buffer)
-    elif kind == "malicious pickle":
-        pickle.dump(Malicious(), buffer)
-    elif kind in ("list", "no tensors", "nested nothing", "number"):
-        torch.save({"list": [1], "no tensors": {"a": 1}, "nested nothing": {"model": {}}, "number": 3}[kind], buffer)
-    elif kind == "missing tensor":
-        torch.save({"model": {k: v for k, v in state.items() if k != "fc.bias"}}, buffer)
-    elif kind == "other shape":
-        torch.save({f"module.{k}": v for k, v in state.items()} | {"module.fc.bias": torch.zeros(3)}, buffer)
-    elif kind == "extra tensor":
-        torch.save(state | {"fc2.bias": torch.zeros(3)}, buffer)
-    return buffer.getvalue() or {"empty": b"", "text": b"not a checkpoint", "half": good[: len(good) // 2]}[kind]
+    torch.save({"state_dict": Malicious()}, buffer)
+    return buffer.getvalue()
 
 
-KINDS = ["empty", "text", "half", "malicious", "malicious pickle", "list", "no tensors", "nested nothing", "number"]
-KINDS += ["missing tensor", "other shape", "extra tensor"]
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_damaged_checkpoint_is_refused_and_nothing_in_it_runs(kind, workplace, fails):
+@pytest.mark.parametrize("damage", [half, flipped, executable])
+def test_a_bad_checkpoint_is_refused_and_nothing_in_it_runs(damage, workplace, fails):
     path = workplace / "teacher_resnet8_seed0" / "best.pth"
-    path.write_bytes(damage(kind, path.read_bytes()))
+    path.write_bytes(damage(path.read_bytes()))
     before = listing(workplace)
     assert "best.pth" in fails(student.main, *STUDENT)
     assert "best.pth" in fails(teacher.main, "--evaluate", path, *SHORT)
     assert listing(workplace) == before  # no file "executed" either
 
 
-@pytest.mark.parametrize("name", ["last.pth", "config.json", "result.json"])
-@pytest.mark.parametrize("content", [b"", b"{", b"{}", b"[]", b"PK\x03\x04"], ids=repr)
-def test_a_damaged_record_of_a_run_is_refused(name, content, tmp_path, fails, capsys):
-    flags = ["--arch", "resnet8", *SHORT, "--experiments", str(tmp_path)]
-    folder = tmp_path / "teacher_resnet8_seed0"
-    (folder / "ckpt").mkdir(parents=True)
-    run = record.Run(folder, teacher.parse_args(flags))
-    (folder / "config.json").write_text(json.dumps({"flags": run.flags}))
-    (folder / ("ckpt" if name == "last.pth" else "") / name).write_bytes(content)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_other_byte_in_a_checkpoint_is_noticed_or_harmless(runs, tmp_path, data):
+    good = (runs.teacher / "ckpt" / "best.pth").read_bytes()
+    start = data.draw(st.integers(0, len(good) - 1))
+    bad = good[:start] + data.draw(st.binary(max_size=40)) + good[start + 40 :]
+    (tmp_path / "best.pth").write_bytes(bad)
+    try:
+        weights = checkpoint.read(tmp_path, "resnet8").network().state_dict()
+    except UserError:
+        return
+    expected = torch.load(io.BytesIO(good), weights_only=True)["state_dict"]
+    assert all(torch.equal(weight, expected[name]) for name, weight in weights.items())
+
+
+def copied(runs, root, name):
+    """A copy of a teacher's run that is finished, or not if `name` is ckpt/last.pth: its flags, and its file `name`."""
+    folder = root / runs.teacher.name
+    left_out = ["result.json"] if name == "ckpt/last.pth" else []
+    shutil.copytree(runs.teacher, folder, ignore=shutil.ignore_patterns(*left_out))
+    return ["--arch", "resnet8", *TINY, "--experiments", root], folder / name
+
+
+@pytest.mark.parametrize("name", ["ckpt/last.pth", "config.json", "result.json"])
+@pytest.mark.parametrize("content", [b"", b"{}", b"[]"], ids=repr)
+def test_a_damaged_record_of_a_run_is_refused(name, content, runs, tmp_path, fails):
+    flags, path = copied(runs, tmp_path, name)
+    path.write_bytes(content)
     before = listing(tmp_path)
-    assert name in fails(teacher.main, *flags)
+    assert f"{path} is damaged" in fails(teacher.main, *flags)
     assert listing(tmp_path) == before
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.data())
-def test_no_damage_to_a_checkpoint_ends_in_a_traceback(runs, tmp_path, data):
-    good = (runs.teacher / "ckpt" / "best.pth").read_bytes()
-    if data.draw(st.booleans()):
-        bad = good[: data.draw(st.integers(0, len(good) - 1))]
-    else:
-        start = data.draw(st.integers(0, len(good) - 1))
-        bad = good[:start] + data.draw(st.binary(min_size=1, max_size=40)) + good[start + 40 :]
-    folder = tmp_path / "teacher_resnet8_seed0"
-    folder.mkdir(exist_ok=True)
-    (folder / "best.pth").write_bytes(bad)
-    assert end_of(teacher.main, ["--evaluate", str(folder), *SHORT]) in (0, 2)
-
-
-def test_missing_and_corrupt_data_say_what_to_do(tmp_path, monkeypatch, fails):
-    monkeypatch.setattr(sources.tv.CIFAR100, "url", "http://127.0.0.1:9/cifar-100-python.tar.gz")  # nobody answers
-    flags = ["--arch", "resnet8", "--experiments", tmp_path / "runs", "--data-root", tmp_path / "data"]
-    assert "put cifar-100-python.tar.gz into" in fails(teacher.main, *flags)
-    (tmp_path / "data").mkdir(exist_ok=True)
-    (tmp_path / "data" / "cifar-100-python.tar.gz").write_bytes(b"half of it")
-    assert "put cifar-100-python.tar.gz into" in fails(teacher.main, *flags)
-    assert not (tmp_path / "runs").exists()
+@pytest.mark.parametrize("name", ["ckpt/last.pth", "config.json"])
+def test_a_file_that_cannot_be_read_is_not_called_damaged(name, runs, tmp_path, fails):
+    flags, path = copied(runs, tmp_path, name)
+    path.unlink()
+    path.mkdir()  # as unreadable as a file without permission, for root too
+    assert f"{path} cannot be read: Is a directory" in fails(teacher.main, *flags)
 
 
 @pytest.mark.parametrize("more", ["", "below"])
 def test_a_run_folder_cannot_be_made_below_a_file(more, tmp_path, fails):
     (tmp_path / "experiments").write_text("a file")
-    line = fails(teacher.main, "--arch", "resnet8", *SHORT, "--experiments", tmp_path / "experiments" / more)
+    line = fails(teacher.main, *TEACHER, "--experiments", tmp_path / "experiments" / more)
     assert "could not be made" in line and "is a file or lies below one" in line

@@ -1,140 +1,99 @@
-"""flags.py: the flags, and how a script ends that can't even begin."""
+"""harness/flags.py: the flags, their checks, and what a script says about them."""
 
 import argparse
-import ast
-import os
-import signal
-import subprocess
+import io
 import sys
 
 import pytest
-from conftest import ROOT, end_of, run_script
+from conftest import end_of
 
 import baseline
 import cifar
-from harness import flags
-import methods
-import models
 import student
 import teacher
+from harness import flags
 
-SCRIPTS = ["teacher.py", "student.py", "baseline.py", "cifar.py"]
-SCRIPTS += [f"experiments/{name}.py" for name in ("bench", "plot", "probe", "similarity", "sweep")]
-ENTRIES = SCRIPTS[:3]
-ALL = [*SCRIPTS, "experiments/table.py"]  # the last needs nothing but Python itself
-
-
-def test_the_names_that_flags_take_are_those_that_there_are():
-    assert tuple(models.model_dict) == flags.NETWORKS
-    assert tuple(methods.METHODS) == flags.METHODS
-    assert (*cifar.STATISTICS, "folder") == flags.DATASETS
+TEACHER = ["--arch", "resnet8"]
+STUDENT = ["--t-path", "x", "--s-arch", "vgg8"]
 
 
-def test_help_shows_the_defaults_that_there_are(capsys):
-    assert end_of(student.main, ["--help"]) == 0
+@pytest.mark.parametrize("script", [teacher, student, baseline, cifar], ids=lambda script: script.__name__)
+def test_help_explains_every_flag_and_shows_the_defaults(script, capsys):
+    assert end_of(script.main, ["--help"]) == 0
     printed = " ".join(capsys.readouterr().out.split())
-    assert "(default: 0.05)" in printed and "of every draw (default: 0)" in printed
+    assert printed.startswith("usage: ") and "--data-root DIR" in printed and "(default: ./data)" in printed
     assert "default: None" not in printed and "default: False" not in printed
 
 
-def test_milestones_must_increase_and_numbers_lie_in_their_range():
+def test_milestones_must_increase_and_numbers_must_lie_in_their_range():
     parser = flags.Parser("")
-    parser.add_argument("--m", type=flags.number(int, 1), nargs="+", action=flags.Increasing)
-    assert parser.parse_args(["--m", "2", "5"]) == argparse.Namespace(m=[2, 5])
-    for bad in (["2", "2"], ["3", "2"], ["0"], ["x"]):
-        with pytest.raises(flags.UserError, match="--m"):
-            parser.parse_args(["--m", *bad])
+    parser.add_argument("--m", type=flags.number(int, 1, 9), nargs="+", action=flags.Increasing)
+    parser.add_argument("--x", type=flags.number(float, 0, 1, above=True))
+    assert parser.parse_args(["--m", "1", "9", "--x", "1"]) == argparse.Namespace(m=[1, 9], x=1.0)
+    for bad in ("--m 2 2", "--m 3 2", "--m 0", "--m 10", "--m 1.5", "--m x", "--x 0", "--x 1.1", "--x nan", "--x inf"):
+        with pytest.raises(flags.UserError, match=bad[:3]):
+            parser.parse_args(bad.split())
 
 
 @pytest.mark.parametrize(
-    ("parse_args", "words", "meant"),
+    ("script", "words", "meant"),
     [
-        (teacher.parse_args, "--arch resnet8 --epochs 3", "--epoch"),
-        (teacher.parse_args, "--arch resnet8 --batchsize 3", "--batch-size"),
-        (teacher.parse_args, "--arch resnet23", "resnet32"),
-        (teacher.parse_args, "--arch mobilenetv2", "MobileNetV2"),
-        (teacher.parse_args, "--arch WRN_40_2", "wrn_40_2"),
-        (teacher.parse_args, "--arch resnet8 --dataset cifar-100", "cifar100"),
-        (student.parse_args, "--t-path x --s-arch vgg8 --t-arch wrn-40-2", "wrn_40_2"),
-        (baseline.parse_args, "--t-path x --s-arch vgg8 --method fitnets", "fitnet"),
+        (teacher, "--arch resnet8 --epochs 3", "--epoch"),
+        (teacher, "--arch resnet8 --batchsize 3", "--batch-size"),
+        (teacher, "--arch resnet23", "resnet32"),
+        (teacher, "--arch mobilenetv2", "MobileNetV2"),
+        (teacher, "--arch resnet8 --dataset cifar-100", "cifar100"),
+        (student, "--t-path x --s-arch vgg8 --t-arch wrn-40-2", "wrn_40_2"),
+        (baseline, "--t-path x --s-arch vgg8 --method fitnets", "fitnet"),
+        (teacher, "--arch transformer", None),
+        (teacher, "--arch resnet8 --wibble", None),
     ],
 )
-def test_a_mistyped_flag_or_name_is_told_what_was_meant(parse_args, words, meant):
+def test_a_mistyped_word_gets_the_known_words_most_like_it(script, words, meant):
     with pytest.raises(flags.UserError) as error:
-        parse_args(words.split())
-    suggested = str(error.value).split("; did you mean ")[1].split("?")[0]
-    assert meant in suggested.split(" or ")
+        script.parse_args(words.split())
+    suggested = str(error.value).partition("; did you mean ")[2].partition("?")[0].split(" or ")
+    assert (meant or "") in suggested
 
 
-def test_what_is_like_nothing_known_gets_no_suggestion():
-    for words in (["--arch", "transformer"], ["--arch", "resnet8", "--wibble"]):
-        with pytest.raises(flags.UserError) as error:
-            teacher.parse_args(words)
-        assert "did you mean" not in str(error.value)
+def settings_of(script, *words):
+    return flags.settings(script.parse_args(words), {"data": "0123"})
 
 
-# ------------------------------------------------------------------------------------- before PyTorch is imported
+@pytest.mark.parametrize("harmless", ["--gpu-id 1", "--data-root there", "--experiments there", "--export a.pt2"])
+def test_a_flag_that_does_not_affect_the_result_is_no_setting(harmless):
+    assert settings_of(student, *STUDENT, *harmless.split()) == settings_of(student, *STUDENT)
 
 
-@pytest.fixture
-def without_torch(tmp_path):
-    """An environment in which importing PyTorch or matplotlib is an error, though Python finds both."""
-    for name in ("torch", "matplotlib"):
-        (tmp_path / f"{name}.py").write_text("raise AssertionError('imported')\n")
-    return os.environ | {"PYTHONPATH": str(tmp_path)}
+@pytest.mark.parametrize("word", ["--lr 0.1", "--seed 1", "--amp bf16", "--few-shot 0.5", "--ss-T 1", "--t-epoch 9"])
+def test_a_flag_that_affects_the_result_is_a_setting(word):
+    assert settings_of(student, *STUDENT, *word.split()) != settings_of(student, *STUDENT)
 
 
-@pytest.mark.parametrize("script", ALL)
-def test_help_is_answered_before_pytorch_is_imported(script, without_torch, tmp_path):
-    done = run_script(script, "--help", cwd=tmp_path, env=without_torch)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.startswith(f"usage: {script.split('/')[-1]} ")
+def test_features_in_memory_and_on_disk_are_one_setting_and_computed_ones_another():
+    memory, disk, compute = (settings_of(student, *STUDENT, "--t-features", x) for x in ("memory", "disk", "compute"))
+    assert memory == disk != compute
 
 
-@pytest.mark.parametrize("script", ENTRIES)
-def test_a_wrong_flag_is_told_before_pytorch_is_imported(script, without_torch, tmp_path):
-    done = run_script(script, "--epoch", "0", cwd=tmp_path, env=without_torch)
-    assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1)
-    assert done.stderr.startswith(f"{script}: error: argument --epoch: '0' is not a whole number")
+def test_a_run_folder_is_named_by_its_part_of_the_data():
+    words = [*TEACHER, "--val-fraction", "0.1", "--few-shot", "0.25", "--label-noise", "0.5"]
+    assert flags.data_name(teacher.parse_args(words)) == "_val0.1_few0.25_noise0.5"
+    assert flags.data_name(teacher.parse_args(TEACHER)) == ""
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_missing_packages_end_in_one_line_that_says_how_to_get_them(script, tmp_path):
-    command = [sys.executable, "-S", ROOT / script, "--help"]  # -S: nothing but Python's own library
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1)
-    missing, file = ("matplotlib, numpy", "-experiments") if "plot" in script else (", ".join(flags.PACKAGES), "")
-    assert f"error: Python finds no {missing}; pip install -r requirements{file}.txt" in done.stderr
+def test_a_learning_rate_that_never_falls_gets_a_warning(capsys):
+    for words in ("--epoch 2 --milestones 2 3", "--epoch 2 --milestones 1 3", "--epoch 1 --milestones 2"):
+        flags.warn_of_schedule(teacher.parse_args([*TEACHER, *words.split()]))
+    flags.warn_of_schedule(student.parse_args([*STUDENT, "--t-epoch", "2", "--t-milestones", "3"]))
+    assert capsys.readouterr().err.splitlines() == [
+        "warning: --milestones 2 3: the learning rate never falls within 2 epochs",
+        "warning: --t-milestones 3: the learning rate never falls within 2 epochs",
+    ]
 
 
-def test_the_packages_are_those_of_the_requirements():
-    assert [line.split(">=")[0] for line in (ROOT / "requirements.txt").read_text().split()] == list(flags.PACKAGES)
-
-
-@pytest.mark.parametrize("script", ALL)
-def test_an_old_python_ends_in_one_line(script):
-    pretend = "import runpy, sys; sys.version_info = (3, 9, 18); runpy.run_path(sys.argv[1], run_name='__main__')"
-    done = subprocess.run([sys.executable, "-c", pretend, script], cwd=ROOT, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "error: this is Python 3.9; 3.10 or newer is needed\n"
-
-
-@pytest.mark.parametrize("file", [*ALL, "flags.py"])
-def test_an_old_python_gets_as_far_as_the_check(file):
-    text = (ROOT / file).read_text()
-    ast.parse(text, feature_version=(3, 7))
-    before = []
-    for node in ast.parse(text).body:
-        if isinstance(node, ast.Import | ast.ImportFrom):
-            before.append(node.names[0].name if isinstance(node, ast.Import) else node.module)
-        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
-            before.append(node.name)  # whose annotations an old Python may not understand
-    before = before[: before.index("argparse" if file == "flags.py" else "flags")]
-    assert {name.split(".")[0] for name in before} <= sys.stdlib_module_names
-
-
-@pytest.mark.parametrize("script", ["teacher.py --arch resnet8", "student.py --t-path teacher --s-arch resnet8"])
-def test_a_signal_during_the_imports_prints_nothing(script, tmp_path):
-    (tmp_path / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
-    done = run_script(*script.split(), cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(tmp_path)})
-    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
+def test_a_terminal_that_lacks_a_letter_shows_its_code(monkeypatch):
+    ascii_only = io.TextIOWrapper(io.BytesIO(), "ascii", write_through=True)
+    monkeypatch.setattr(sys, "stdout", ascii_only)
+    flags.show_any_name()
+    print("run: ü\udcff")
+    assert ascii_only.buffer.getvalue() == b"run: \\xfc\\udcff\n"
