@@ -212,7 +212,8 @@ class Features:
         words = self.read(places)  # N·V x (width + 4)
         unknown = (words[:, self.width :] != self.checksum(words, places)).any(1).nonzero().squeeze(1)
         with tqdm(total=len(unknown), desc="new features", unit=" views", leave=False, disable=silent()) as bar:
-            for some in unknown.split(self.batch):
+            for i in range(0, len(unknown), self.batch):
+                some = unknown[i : i + self.batch]
                 words[some, : self.width] = self.compute(rows[some], flat[some])
                 words[some, self.width :] = self.checksum(words[some], places[some])
                 self.write(places[some], words[some])
