@@ -61,7 +61,7 @@ import utils
 from experiments import published
 from harness import flags, sources
 from harness.flags import Fault, UserError
-from harness.record import entry, write_atomically
+from harness.record import entry
 from losses import VIEWS, sskd_terms
 from methods import METHODS, Outputs
 from models import model_dict
@@ -232,7 +232,7 @@ SIDES = {"published": published_side, "here": here_side}
 def check_pair(pair: str) -> None:
     """Raises Fault unless both sides compute the same losses. In float64: rounding could hide a small difference."""
     teacher, network = (net.double() for net in make_networks(pair, torch.device("cpu")))
-    batch = next(cifar.Images(noise(16), STATISTICS, "cpu", batch_size=16).batches("check", 1, VIEWS))
+    batch = next(cifar.Images(noise(8), STATISTICS, "cpu", batch_size=8).batches("check", 1, VIEWS))
     batch, autocast = batch._replace(x=batch.x.double()), utils.precision("off", torch.device("cpu"))
     theirs = published.loss(teacher, network, batch.x, batch.target)[1] | published.ss_head_loss(teacher, batch.x)[1]
     teacher = freeze(teacher)
@@ -489,7 +489,7 @@ def main(argv: list[str] | None = None) -> None:
     if not args.quick:
         rows += run_rows(plan, rows)
     if args.json:
-        write_atomically(args.json, (json.dumps(rows, indent=1) + "\n").encode())
+        args.json.write_text(json.dumps(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":

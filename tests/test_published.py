@@ -216,14 +216,3 @@ def test_crds_term_gathers_a_row_of_the_memory_for_every_negative():
     assert seen.largest == 6 * 64 * 128
     assert "_local_scalar_dense" in seen.names  # Z
     assert all(parameter.grad.abs().max() > 0 for parameter in term.parameters())
-
-
-def test_crds_negatives_are_distinct_images_of_other_classes_as_long_as_there_are_enough():
-    np.random.seed(0)
-    labels = torch.tensor([0] * 9 + [1] * 6)
-    others = published.others_of(labels)
-    drawn = published.negatives(others, torch.tensor([0, 1, 1]), 6)
-    assert drawn[0].sort().values.tolist() == list(range(9, 15))
-    assert all(len(set(row)) == 6 and max(row) < 9 for row in drawn[1:].tolist())
-    assert drawn[1].tolist() != drawn[2].tolist()
-    assert published.negatives(others, torch.tensor([0]), 50).min() >= 9
