@@ -16,11 +16,6 @@ PAIR = "resnet8:resnet8"
 TINY = bench.Plan(torch.device("cpu"), batch=4, images=16, seconds=0, ss_test_images=4)
 
 
-def test_equal_work_is_accepted():
-    bench.check_pair("resnet8:resnet14x05")
-    bench.check_crd()
-
-
 @pytest.mark.parametrize(
     ("name", "other"),
     [
