@@ -26,7 +26,8 @@ The sides take turns: in each repetition one runs while the other waits. A figur
     runs, runs_stored     estimated from these figures: the eleven published students with SS heads for their five
                           teachers; with computed and with stored features
 
-`--json` writes rows {figure, pair, amp, published, here, ratio}: in seconds, bytes or shares, ratio = published ÷ here.
+`--json` writes rows {figure, pair, amp, published, here, ratio}: in seconds, bytes or shares; ratio = published ÷ here,
+or null without two positive values. The "pair" of ss_epoch, ss_epoch_stored and new_view is the teacher's name.
 `--amp` and `--compile` change only this repository's side. On a CPU the published DataLoader has no workers, because
 the networks keep all cores busy. On a GPU it has the published four, except for `views`.
 """
@@ -157,7 +158,7 @@ def published_side(plan: Plan, pair: str) -> Side:
 
 @cache
 def here_side(plan: Plan, pair: str) -> Side:
-    """This repository, set up as by its scripts."""
+    """This repository, set up as in its scripts."""
     utils.set_up(0, plan.device, deterministic=False)
     args, autocast = student.parse_args([*FLAGS, "--amp", plan.amp]), utils.precision(plan.amp, plan.device)
     teacher, network = (net.to(memory_format=torch.channels_last) for net in make_networks(pair, plan.device))
@@ -397,7 +398,7 @@ def row(figure: str, pair: str, amp: str, theirs: float | None, ours: float) -> 
     """One row, printed as soon as it is measured."""
     size, unit = UNITS.get(figure, (1, "s"))
     shown = ["" if value is None else f"{value / size:,.4g} {unit}" for value in (theirs, ours)]
-    ratio = None if theirs is None or ours <= 0 else theirs / ours
+    ratio = theirs / ours if theirs is not None and min(theirs, ours) > 0 else None
     print(TABLE.format(figure, pair, amp, *shown, "" if ratio is None else f"{ratio:.2f}"), flush=True)
     return {"figure": figure, "pair": pair, "amp": amp, "published": theirs, "here": ours, "ratio": ratio}
 
