@@ -1,17 +1,18 @@
-"""The published pipeline of SSKD, written anew: the oracle of tests, and the slow side of the benchmark.
+"""The published pipeline of SSKD, written anew: the reference that bench.py compares this repository with.
 
-Four PIL views an image, made one by one through a DataLoader; cosine similarity of expanded tensors; selective transfer
-by sorting and `nonzero`; a graph through the frozen teacher, then detached; float32, contiguous; SGD one parameter at a
-time; every figure of every step read back with `.item()`. Networks are wrappers, as in wrapper.py. Beside it the one
-compared method whose published form is slow: CRD's term, which gathers rows of its banks.
+Views are PIL images, made one by one in a DataLoader. Cosine similarity expands both embeddings to all pairs. Selective
+transfer sorts and calls `nonzero`. The frozen teacher builds a graph, which is then detached. Everything is float32 and
+contiguous. SGD updates one parameter at a time. `.item()` reads every logged value in every step. CRD's term gathers
+rows of its banks.
 
-It departs from the published code in two things: its sorts are stable, or ties would keep other rows; and `random`
-draws the flips, since a DataLoader seeds it for each worker. It shares no code with what is compared with it.
+Two things differ from the published code: the sorts are stable, because ties would otherwise keep other rows, and
+`random` draws the flips, because a DataLoader seeds it in each worker. This file shares no code with what it is
+compared with: it takes networks with an SS head, as in wrapper.py, and brings everything else.
 """
 
 import random
 from collections.abc import Iterable, Iterator
-from itertools import chain, count
+from itertools import chain, repeat
 
 import numpy as np
 import torch
@@ -25,9 +26,9 @@ VIEWS = 4
 
 
 class Views(Dataset):
-    """The views of each image, made on the host: (4, 3, 32, 32) float32 and the label.
+    """The four views of each image, (4, 3, 32, 32) float32, and its label; with `train` flipped and cropped at random.
 
-    From pixels (N, 32, 32, 3) uint8, labels (N,), and the mean and deviation of the channels.
+    From pixels (N, 32, 32, 3) uint8, labels (N,), and `statistics`: mean and standard deviation of the channels.
     """
 
     def __init__(self, pixels: np.ndarray | Tensor, labels: np.ndarray | Tensor, statistics: tuple, train: bool):
@@ -42,14 +43,14 @@ class Views(Dataset):
         image = Image.fromarray(self.pixels[i])
         if self.train and random.random() < 0.5:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        turned = [Image.fromarray(np.rot90(np.asarray(image), k)) for k in range(VIEWS)]
-        return torch.stack([self.transform(view) for view in turned]), self.labels[i]
+        rotated = [Image.fromarray(np.rot90(np.asarray(image), k)) for k in range(VIEWS)]
+        return torch.stack([self.transform(view) for view in rotated]), self.labels[i]
 
 
 def batches(views: Views, batch: int, device: torch.device | str = "cpu", workers: int = 0) -> Iterator:
-    """Epoch after epoch of views (4B, 3, 32, 32), the view fastest, and labels (B,)."""
+    """Endless epochs of views (4B, 3, 32, 32), the view fastest, and labels (B,)."""
     loader = DataLoader(views, batch, shuffle=views.train, num_workers=workers)
-    for x, target in chain.from_iterable(loader for _ in count()):
+    for x, target in chain.from_iterable(repeat(loader)):
         yield x.flatten(0, 1).to(device), target.to(device)
 
 
@@ -67,7 +68,7 @@ def similarity(embedding: Tensor) -> Tensor:
 
 
 def positives(similarities: Tensor) -> Tensor:
-    """(3B, B) → (3B,): the column of the rotated view's own image."""
+    """(3B, B) → (3B,): the column of each rotated view's own image."""
     return torch.arange(similarities.shape[1], device=similarities.device).repeat_interleave(VIEWS - 1)
 
 
@@ -75,12 +76,12 @@ def kept(scores: Tensor, target: Tensor, ratio: float) -> Tensor:
     """The indices, increasing, of the rows of (N, C) that selective transfer keeps."""
     order = scores.argsort(dim=1, descending=True, stable=True)
     rank = (order == target.unsqueeze(1)).long().argmax(1)
-    wrong = torch.nonzero(rank).numel()  # a sync point
+    wrong = torch.nonzero(rank).numel()  # waits for the device
     return rank.argsort(stable=True)[: len(rank) - wrong + int(wrong * ratio)].sort()[0]
 
 
 def kl(s_logits: Tensor, t_logits: Tensor, T: float) -> Tensor:
-    """T² · KL(teacher ‖ student), averaged over the rows; NaN if there is none."""
+    """T² · KL(teacher ‖ student), averaged over the rows; NaN without rows."""
     return F.kl_div(F.log_softmax(s_logits / T, 1), F.softmax(t_logits / T, 1), reduction="batchmean") * T * T
 
 
@@ -97,7 +98,7 @@ def terms(
     ratio_tf: float = 1.0,
     ratio_ss: float = 0.75,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """ce, kd, tf and ss, unweighted; the teacher's side is detached when its graph is already built."""
+    """ce, kd, tf and ss, unweighted; the teacher's tensors are detached after their graph was built."""
     s_normal, s_rotated = split(s_logits)
     t_normal, t_rotated = (x.detach() for x in split(t_logits))
     s_similarity, t_similarity = similarity(s_embedding), similarity(t_embedding).detach()
@@ -118,17 +119,17 @@ def accuracy(scores: Tensor, target: Tensor) -> Tensor:
 
 
 def loss(teacher: nn.Module, student: nn.Module, x: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """The student's loss on a batch, and the figures to log."""
-    t_logits, t_embedding, _ = teacher(x)  # with a graph that nothing needs
+    """The student's loss on a batch, and what to log."""
+    t_logits, t_embedding, _ = teacher(x)  # builds a graph that is not needed
     s_logits, s_embedding, _ = student(x)
     ce, kd, tf, ss = terms(s_logits, t_logits, s_embedding, t_embedding, target)
-    figures = {"ce_loss": ce, "kd_loss": kd, "tf_loss": tf, "ss_loss": ss}
-    return total(ce, kd, tf, ss), figures | {"cls_acc": accuracy(split(s_logits)[0], target)}
+    logged = {"ce_loss": ce, "kd_loss": kd, "tf_loss": tf, "ss_loss": ss}
+    return total(ce, kd, tf, ss), logged | {"cls_acc": accuracy(split(s_logits)[0], target)}
 
 
 def ss_head_loss(teacher: nn.Module, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of the teacher's SS head on a batch, and the figures to log."""
-    features, _ = teacher.backbone(x, is_feat=True)  # with a graph that nothing needs
+    """The loss of the teacher's SS head on a batch, and what to log."""
+    features, _ = teacher.backbone(x, is_feat=True)  # builds a graph that is not needed
     similarities = similarity(teacher.proj_head(features[-1].detach()))
     target = positives(similarities)
     loss = F.cross_entropy(similarities, target)
@@ -136,9 +137,9 @@ def ss_head_loss(teacher: nn.Module, x: Tensor) -> tuple[Tensor, dict[str, Tenso
 
 
 class CRD(nn.Module):
-    """CRD's term (Tian et al., ICLR 2020) for `images` training images, from pooled features of both networks.
+    """CRD's term (Tian et al., ICLR 2020) for `images` training images, from the last features of both networks.
 
-    Each network's embedding is held against rows of the other's memory: all B · (1 + K) of them are gathered.
+    It contrasts each network's embedding with rows of the other network's memory.
     """
 
     def __init__(self, s_width: int, t_width: int, images: int, dim: int = 128, temperature: float = 0.07):
@@ -150,7 +151,7 @@ class CRD(nn.Module):
         self.temperature, self.Z = temperature, {}
 
     def forward(self, s: Tensor, t: Tensor, rows: Tensor, places: Tensor) -> Tensor:
-        """(B, D_s), (B, D_t), the images' rows (B,) of the memories, places (B, 1 + K), the positive first → scalar."""
+        """Features (B, D_s), (B, D_t), the images' rows (B,), places (B, 1 + K) with the positive first → scalar."""
         v, w = self.embed_s(s), self.embed_t(t)
         v, w = v / v.norm(dim=1, keepdim=True), w / w.norm(dim=1, keepdim=True)
         loss = self.contrast("memory_t", v, places) + self.contrast("memory_s", w, places)
@@ -167,34 +168,22 @@ class CRD(nn.Module):
         if name not in self.Z:
             self.Z[name] = scores.mean().item() * len(memory)
         p, noise = scores / self.Z[name], (places.shape[1] - 1) / len(memory)
-        of_positive = (p[:, 0] / (p[:, 0] + noise + 1e-7)).log()
-        of_negatives = (noise / (p[:, 1:] + noise + 1e-7)).log()
-        return -(of_positive.sum() + of_negatives.sum()) / len(anchor)
-
-
-def others_of(labels: Tensor) -> list[np.ndarray]:
-    """For each class the images of all other classes."""
-    labels = labels.cpu().numpy()
-    return [np.flatnonzero(labels != label) for label in range(labels.max() + 1)]
-
-
-def negatives(others: list[np.ndarray], target: Tensor, number: int) -> Tensor:
-    """(B, number) images of other classes than `target` (B,), drawn on the host for one image after the other."""
-    pools = [others[label] for label in target.tolist()]
-    return torch.from_numpy(np.stack([np.random.choice(pool, number, replace=number > len(pool)) for pool in pools]))
+        positive = (p[:, 0] / (p[:, 0] + noise + 1e-7)).log()
+        negative = (noise / (p[:, 1:] + noise + 1e-7)).log()
+        return -(positive.sum() + negative.sum()) / len(anchor)
 
 
 def sgd(parameters: Iterable[nn.Parameter], lr: float = 0.05) -> torch.optim.SGD:
     return torch.optim.SGD(parameters, lr, momentum=0.9, weight_decay=5e-4, foreach=False, fused=False)
 
 
-def step(optimizer: torch.optim.SGD, loss: Tensor, figures: dict[str, Tensor]) -> dict[str, float]:
-    """One update; gives the figures as numbers."""
+def step(optimizer: torch.optim.SGD, loss: Tensor, logged: dict[str, Tensor]) -> dict[str, float]:
+    """One update; returns what to log as numbers."""
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
-    return read(figures)
+    return read(logged)
 
 
-def read(figures: dict[str, Tensor]) -> dict[str, float]:
-    return {name: figure.item() for name, figure in figures.items()}  # a sync point each
+def read(logged: dict[str, Tensor]) -> dict[str, float]:
+    return {name: value.item() for name, value in logged.items()}  # each waits for the device

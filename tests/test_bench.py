@@ -1,4 +1,4 @@
-"""experiments/bench.py: only equal work is timed, by the entries' own functions; the rows are what the manual says."""
+"""experiments/bench.py: it times only equal work, with the functions of the entries, and reports every figure."""
 
 import json
 import os
@@ -7,15 +7,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from conftest import run_script
 
 import utils
 from experiments import bench, published
-from methods import METHODS
+from harness.flags import Fault
 
 PAIR = "resnet8:resnet8"
-TINY = bench.Plan(torch.device("cpu"), batch=4, images=16, seconds=0, least=1, ss_batches=5, ss_test_images=4)
-TINY = TINY._replace(widths=(8, 16), batches=(2, 4), side=32)
+TINY = bench.Plan(torch.device("cpu"), batch=4, images=16, seconds=0, ss_test_images=4)
 
 
 @pytest.mark.parametrize(
@@ -27,131 +25,121 @@ TINY = TINY._replace(widths=(8, 16), batches=(2, 4), side=32)
     ],
 )
 def test_unequal_work_is_refused(monkeypatch, name, other):
-    bench.check_pair(PAIR)
     monkeypatch.setattr(published, name, other)
-    with pytest.raises(utils.Fault, match="unequal work"):
+    with pytest.raises(Fault, match="unequal work"):
         bench.check_pair(PAIR)
 
 
 def test_unequal_work_in_crds_term_is_refused(monkeypatch):
-    bench.check_crd()
     monkeypatch.setattr(published.CRD, "contrast", lambda self, name, anchor, places: anchor.square().sum())
-    with pytest.raises(utils.Fault, match="unequal work"):
+    with pytest.raises(Fault, match="unequal work"):
         bench.check_crd()
 
 
-@pytest.fixture
-def seen(monkeypatch):
-    """What train_epoch is given: images, shapes of the batches; whether it changed all parameters; what it logs."""
-    seen, train_epoch = [], utils.train_epoch
+def convolutions(function, dtypes=None):
+    """How many convolutions run while `function` does; collects the dtypes of their outputs."""
+    seen = []
 
-    def watched(module, loss_of, batches, sgd, images, label):
-        batches, before = list(batches), [parameter.clone() for parameter in module.parameters()]
-        means = train_epoch(module, loss_of, iter(batches), sgd, images, label)
-        changed = [not torch.equal(*both) for both in zip(before, module.parameters(), strict=True)]
-        seen.append((images, [tuple(batch.x.shape) for batch in batches], all(changed), set(means)))
-        return means
+    def note(module, args, output):
+        if isinstance(module, torch.nn.Conv2d):
+            seen.append(output.dtype)
 
-    monkeypatch.setattr(utils, "train_epoch", watched)
-    return seen
-
-
-def test_steps_here_are_those_of_an_epoch_of_the_entries(seen):
-    side = bench.here_side(TINY, PAIR)
-    side["student_step"](3)
-    side["ss_epoch"](2)
-    views, terms = (16, 3, 32, 32), {"ce_loss", "kd_loss", "tf_loss", "ss_loss", "cls_acc", "ss_acc"}
-    head = (20, [views] * 5, True, {"teacher_ssp_loss", "teacher_ssp_acc"})
-    assert seen == [(12, [views] * 3, True, terms), head, head]
+    with torch.nn.modules.module.register_module_forward_hook(note):
+        function()
+    if dtypes is not None:
+        dtypes.update(seen)
+    return len(seen)
 
 
-def test_steps_of_the_compared_methods_are_those_of_baseline(seen):
-    side = bench.methods_side(TINY, PAIR)
-    assert list(side) == ["sskd", *METHODS][:9] + ["ab first", "ft", "ft first", "crd", "dkd", "ls"]
-    for name in ("fitnet", "ab", "ab first", "ft first", "crd"):
-        seen.clear()
-        side[name](2)
-        terms = {"first_loss"} if "first" in name else {"ce_loss", "kd_loss", f"{name}_loss", "cls_acc"}
-        assert seen == [(8, [(4, 3, 32, 32)] * 2, True, terms)], name
+def test_steps_here_train_everything_on_four_views_and_stored_features_replace_the_teacher(monkeypatch):
+    networks, added = [], []
+    make_networks, add = bench.make_networks, utils.Meter.add
+    monkeypatch.setattr(bench, "make_networks", lambda *args: networks.append(make_networks(*args)) or networks[-1])
+    monkeypatch.setattr(utils.Meter, "add", lambda self, *args: added.append(args) or add(self, *args))
+    side = bench.here_side.__wrapped__(TINY, PAIR)
+    ((teacher, student),) = networks
+    each = sum(isinstance(module, torch.nn.Conv2d) for module in student.modules())  # the teacher has as many
+    for figure, trained, count in [
+        ("student_step", student, 2 * each),
+        ("student_step_stored", student, each),
+        ("ss_epoch", teacher.proj_head, TINY.ss_batches * each),
+        ("ss_epoch_stored", teacher.proj_head, 0),
+    ]:
+        side[figure]()  # the first time fills the table of features
+        before, added[:] = [parameter.clone() for parameter in trained.parameters()], []
+        assert convolutions(side[figure]) == count, figure
+        assert all(not torch.equal(*both) for both in zip(before, trained.parameters(), strict=True)), figure
+        assert all(rows == TINY.batch for rows, _, _ in added), figure
+        terms = ["ce_loss", "kd_loss", "tf_loss", "ss_loss", "cls_acc", "ss_acc"]
+        logged = [terms] if trained is student else [["teacher_ssp_loss", "teacher_ssp_acc"]] * (TINY.ss_batches + 1)
+        assert [list(values) for _, _, values in added] == logged, figure
 
 
-def test_a_method_that_does_not_go_with_the_pair_is_left_out():
-    assert "ab" not in bench.methods_side(TINY, "resnet8:vgg8")
+def test_half_precision_applies_only_to_this_repository():
+    for side, expected in ((bench.here_side, torch.bfloat16), (bench.published_side, torch.float32)):
+        figures, dtypes = side.__wrapped__(TINY._replace(amp="bf16"), PAIR), set()
+        for name in ("student_step", "ss_epoch", "networks"):
+            convolutions(figures[name], dtypes)
+        assert dtypes == {expected}
+        figures["loss"]()  # takes such outputs
 
 
 def test_a_run_writes_every_figure_as_a_row(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(bench, "ProcessPoolExecutor", lambda *args, **kwargs: ThreadPoolExecutor(1))
-    monkeypatch.setattr(bench, "Plan", lambda *args, **kwargs: TINY)
-    monkeypatch.setattr(bench, "amps", lambda plan: ["off"])
-    monkeypatch.setattr(bench, "published_pairs", lambda: [PAIR, "resnet8:resnet14x05"])
+    monkeypatch.setattr(bench, "ProcessPoolExecutor", lambda *args: ThreadPoolExecutor(1))
+    monkeypatch.setattr(bench, "Plan", lambda *args: TINY)
+    monkeypatch.setattr(bench, "published_pairs", lambda: [PAIR, "resnet8:resnet14x05", "resnet14x05:resnet8"])
     bench.main(["--pairs", PAIR, "--device", "cpu", "--json", str(tmp_path / "rows.json")])
     rows = json.loads((tmp_path / "rows.json").read_text())
-    for row in rows:
+    found = {(row["figure"], row["pair"]): row for row in rows}
+    assert len(found) == len(rows)
+    steps, of_teacher = ["student_step", "student_step_stored"], ["ss_epoch", "ss_epoch_stored", "new_view"]
+    of_pair = [*steps, *"views loss networks outside_networks student_step_memory crd crd_memory".split()]
+    assert set(found) == {
+        *((figure, PAIR) for figure in of_pair),
+        *((figure, teacher) for figure in of_teacher for teacher in ("resnet8", "resnet14x05")),
+        *((figure, pair) for figure in steps for pair in ("resnet8:resnet14x05", "resnet14x05:resnet8")),
+        ("runs", "3 students"),
+        ("runs_stored", "3 students"),
+    }
+    for (figure, _), row in found.items():
         assert list(row) == ["figure", "pair", "amp", "published", "here", "ratio"]
-        assert isinstance(row["here"], float)
-        ratios = "batch_scaling", "method_step", "overhead"  # of other things than published ÷ here
-        if row["figure"] not in ratios and row["published"] is not None and row["here"] > 0:
+        assert isinstance(row["here"], float) and row["amp"] == "off"
+        assert (row["published"] is None) == (figure == "new_view")
+        if row["ratio"] is not None:
             assert row["ratio"] == pytest.approx(row["published"] / row["here"])
-    found = {(row["figure"], row["pair"], row["amp"]) for row in rows}
-    figures = "views loss teacher_forward student_forward_backward student_step overhead peak_share ss_epoch "
-    figures += "student_step_stored stored_share ss_step ss_step_stored look read_share"
-    assert {(figure, PAIR, "off") for figure in [*figures.split(), "peak_memory"]} <= found
-    assert {
-        (figure, f"{PAIR} {where}", "off")
-        for figure in ("features_read", "peak_memory")
-        for where in ("memory", "disk")
-    } <= found
-    assert {("reproduction", "2 students", "off"), ("stored_share", "reproduction", "off")} <= found
-    assert {("loss", "D8", "off"), ("batch_scaling", f"{PAIR} B4", "off")} <= found
-    assert {("method_step", f"{PAIR} {name}", "off") for name in (*METHODS, "ab first", "ft first")} <= found
-    assert {(figure, PAIR, "off") for figure in ("crd_loss", "crd_negatives", "crd_memory")} <= found
-    printed = capsys.readouterr().out
-    assert "threads, PyTorch" in printed
-    assert not [file for file in tmp_path.iterdir() if file.name != "rows.json"]
-    assert len(printed.splitlines()) == 2 + len(rows)
+    assert found["student_step_stored", PAIR]["published"] == found["student_step", PAIR]["published"]
+    printed = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    figures = [row["figure"] for row in rows]
+    assert [name for name in printed if name in figures] == figures
 
 
-def test_the_estimate_adds_up_what_the_published_students_ask_for():
+def test_the_estimate_adds_up_all_epochs_of_the_published_students():
     pairs = ["a:b", "a:c", "d:b"]
     rows = {("student_step", pair): {"published": 1e3, "here": 1e2} for pair in pairs}
     rows |= {("student_step_stored", pair): {"here": 10} for pair in pairs}
-    rows |= {("ss_step", pair): {"published": 1e6, "here": 1e5} for pair in ("a:b", "d:b")}
-    rows |= {("ss_step_stored", pair): {"here": 1e4} for pair in ("a:b", "d:b")}
-    rows |= {("look", pair): {"here": 1.0} for pair in ("a:b", "d:b")}
-    theirs, computed, stored = bench.reproduction(bench.Plan(torch.device("cpu")), pairs, rows)
-    steps, looked = 782, 2 * 50_000 * 546.9  # of 64 images an epoch; 547 of 648 views in 300 epochs
-    assert theirs == steps * 3 * (60 * 1e6 + 240 * 1e3)
-    assert computed == steps * (3 * 240 * 1e2 + 2 * 60 * 1e5)
-    assert stored == pytest.approx(steps * (3 * 240 * 10 + 2 * 60 * 1e4) + looked, rel=1e-4)
+    rows |= {("ss_epoch", teacher): {"published": 2e6, "here": 2e5} for teacher in "ad"}  # of two batches
+    rows |= {("ss_epoch_stored", teacher): {"here": 2e4} for teacher in "ad"}
+    rows |= {("new_view", teacher): {"here": 1.0} for teacher in "ad"}
+    theirs, computed, stored = bench.whole_runs(bench.Plan(torch.device("cpu"), ss_batches=2), pairs, rows)
+    steps, new_views = 782, 2 * 50_000 * 546.9  # of 64 images in an epoch; 547 of 648 views in 300 epochs
+    assert theirs == pytest.approx(steps * 3 * (60 * 1e6 + 240 * 1e3))
+    assert computed == pytest.approx(steps * (3 * 240 * 1e2 + 2 * 60 * 1e5))
+    assert stored == pytest.approx(steps * (3 * 240 * 10 + 2 * 60 * 1e4) + new_views, rel=1e-4)
 
 
-@pytest.mark.parametrize("amp", ["bf16", "fp16"])
-def test_half_precision_concerns_this_repository_alone(amp):
-    plan, dtypes = TINY._replace(amp=amp), []
-
-    with torch.nn.modules.module.register_module_forward_hook(
-        lambda module, args, output: dtypes.append(output.dtype) if isinstance(module, torch.nn.Conv2d) else None
-    ):
-        for side, expected in ((bench.here_side, bench.DTYPES[amp]), (bench.published_side, torch.float32)):
-            figures = side(plan, PAIR)
-            dtypes.clear()
-            for name in ("student_step", "ss_epoch", "teacher_forward", "student_forward_backward"):
-                figures[name](1)
-            assert set(dtypes) == {expected}
-            figures["loss"](1)
+def own_process(make_side, plan, pair):
+    return os.getpid()
 
 
-def test_a_measurement_has_a_process_of_its_own_whose_death_is_a_fault():
-    with pytest.raises(utils.Fault, match="killed"), bench.process(TINY.device) as call:
-        assert call(os.getpid) != os.getpid()
-        assert call(bench.clock, bench.here_side, TINY, PAIR, "student_step") > 0
-        call(os._exit, 1)
+def end_process(make_side, plan, pair):
+    os._exit(1)
 
 
-def test_the_script_runs_from_any_folder(tmp_path):
-    run = run_script("experiments/bench.py", "--help", cwd=tmp_path)
-    assert (run.returncode, run.stderr) == (0, "")
-    assert "--pairs TEACHER:STUDENT" in run.stdout
+def test_a_side_has_a_process_of_its_own_whose_death_is_a_fault():
+    with pytest.raises(Fault, match="killed"), bench.processes(TINY, PAIR) as call:
+        assert call("here", own_process) != os.getpid()
+        assert call("here", bench.clock, "student_step") > 0
+        call("here", end_process)
 
 
 @pytest.mark.parametrize(

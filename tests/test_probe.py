@@ -1,4 +1,4 @@
-"""experiments/probe.py: the classifier against the conditions of its optimum, and the probe of a run."""
+"""experiments/probe.py: the classifier is optimal, and runs can be probed."""
 
 import numpy as np
 import torch
@@ -6,8 +6,8 @@ import torch
 from experiments import probe
 
 
-def test_the_classifier_is_the_minimum():
-    """At the minimum of a convex function its gradient is 0, here written out in NumPy."""
+def test_the_classifier_minimises_the_loss():
+    """A convex function is minimal where its gradient is 0; the gradient is written out in NumPy."""
     rng = np.random.default_rng(0)
     x, labels, decay = rng.normal(size=(60, 4)), rng.integers(0, 3, 60), 0.1
     linear = probe.fit(torch.from_numpy(x), torch.from_numpy(labels), 3, decay)
@@ -19,7 +19,7 @@ def test_the_classifier_is_the_minimum():
     assert np.abs(weight).max() > 0.01
 
 
-def test_features_that_name_the_class_are_read_without_a_mistake():
+def test_one_hot_features_are_classified_without_an_error():
     labels = torch.arange(40) % 4
     x = torch.eye(4, dtype=torch.float64)[labels]
     linear = probe.fit(x, labels, 4, 1e-4)
@@ -34,5 +34,5 @@ def test_a_network_is_probed_on_another_data_set(runs, capsys):
     assert all(0 <= float(line.split()[0]) <= 100 for line in lines)
 
 
-def test_a_network_that_is_not_there_is_told(fails):
+def test_a_missing_network_is_reported(fails):
     assert "nowhere: no such file or folder" in fails(probe.main, "nowhere", "--dataset", "synthetic")

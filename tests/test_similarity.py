@@ -1,4 +1,4 @@
-"""experiments/similarity.py: KL divergence and CKA against NumPy, and of runs."""
+"""experiments/similarity.py: KL divergence and CKA against NumPy, and for runs."""
 
 import json
 
@@ -9,7 +9,7 @@ import torch
 from experiments import similarity
 
 
-def test_kl_is_that_of_the_definition():
+def test_kl_equals_its_definition():
     rng = np.random.default_rng(0)
     student, teacher = rng.normal(size=(2, 7, 5)) * 3
     p, q = (np.exp(logits / 2) / np.exp(logits / 2).sum(1, keepdims=True) for logits in (teacher, student))
@@ -18,7 +18,7 @@ def test_kl_is_that_of_the_definition():
     assert similarity.kl_divergence(torch.from_numpy(teacher), torch.from_numpy(teacher)) == pytest.approx(0, abs=1e-12)
 
 
-def test_cka_is_the_alignment_of_the_centred_kernels_of_all_images():
+def test_cka_equals_the_alignment_of_centred_kernels():
     rng = np.random.default_rng(1)
     x, y = rng.normal(2, 1, (30, 6)), rng.normal(-1, 3, (30, 4))
     y[:, 0] += x[:, 1]
@@ -28,14 +28,14 @@ def test_cka_is_the_alignment_of_the_centred_kernels_of_all_images():
     assert similarity.linear_cka(torch.from_numpy(x), torch.from_numpy(y)) == pytest.approx(expected)
 
 
-def test_cka_does_not_depend_on_rotation_scale_or_place_of_the_features():
+def test_cka_ignores_rotation_scale_and_shift_of_the_features():
     rng = np.random.default_rng(2)
     x = torch.from_numpy(rng.normal(size=(20, 5)))
     rotation = torch.from_numpy(np.linalg.qr(rng.normal(size=(5, 5)))[0])
     assert similarity.linear_cka(x, 3 * x @ rotation + 7) == pytest.approx(1)
 
 
-def test_a_teacher_is_its_own_likeness_and_a_student_less_so(runs, capsys):
+def test_a_teacher_is_identical_to_itself_and_a_student_is_not(runs, capsys):
     paths = [str(runs.teacher), str(runs.student)]
     similarity.main(["--t-path", str(runs.teacher), *paths, "--json"])
     own, student = map(json.loads, capsys.readouterr().out.splitlines())
