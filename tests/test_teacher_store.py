@@ -304,6 +304,7 @@ def file_in(folder):
     return file
 
 
+# Fails while `Features` computes an empty batch if all entries are known: an empty tensor splits into one empty part.
 def test_features_are_computed_on_first_use_and_read_afterwards(tmp_path):
     images = split_of(20)
     for where in ("memory", "disk"):
@@ -380,15 +381,11 @@ DAMAGE = {
     "noise": lambda words, other: np.random.default_rng(0).integers(-(2**15), 2**15, words.shape, np.int16),
     "in another order": lambda words, other: words[::-1],
     "no checksums": lambda words, other: words * np.int16([1, 1, 0, 0, 0, 0]),
+    "one bit of a feature": lambda words, other: words ^ np.int16([0, 1, 0, 0, 0, 0]),
     "no features": lambda words, other: words * np.int16([0, 0, 1, 1, 1, 1]),
     "of another teacher": lambda words, other: other,
     "copied without its holes": lambda words, other: words,
 }
-
-
-def words_in(file):
-    """The entries of a table: two features and four words of the checksum."""
-    return np.fromfile(file, np.int16).reshape(-1, 6)
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
@@ -399,27 +396,14 @@ def test_damaged_entries_are_computed_again(kind, tmp_path):
         folder.mkdir()
         opened("disk", images, folder, teacher=teacher)[0](rows, window)
     file, other = (file_in(folder) for folder in folders.values())
-    spoilt = DAMAGE[kind](words_in(file), words_in(other)).tobytes()
+    # an entry: two features and four words of the checksum
+    spoilt = DAMAGE[kind](*(np.fromfile(each, np.int16).reshape(-1, 6) for each in (file, other))).tobytes()
     file.unlink()
     file.write_bytes(spoilt)
     for computes in (kind != "copied without its holes", False):
         features, eyes = opened("disk", images, folders["this"], teacher="this")
         assert torch.equal(features(rows, window), expected)
         assert bool(eyes.seen) == computes
-
-
-def test_every_changed_bit_of_an_entry_is_noticed(tmp_path):
-    rows, window, expected = asked(split_of(1))
-    features, eyes = opened("disk", split_of(1), tmp_path)
-    features(rows, window)
-    file = file_in(tmp_path)
-    good, first = file.read_bytes(), 12 * int(words_in(file).any(1).argmax())
-    for bit in range(8 * 12):
-        with open(file, "r+b") as opened_file:
-            opened_file.seek(first + bit // 8)
-            opened_file.write(bytes([good[first + bit // 8] ^ 1 << bit % 8]))
-        assert torch.equal(features(rows, window), expected)
-        assert (len(eyes.seen), file.read_bytes()) == (bit + 2, good)
 
 
 def test_two_that_use_the_file_at_once_read_each_others_entries(tmp_path):
