@@ -40,9 +40,9 @@ def folded(plain):
     return network.eval()
 
 
-def warm_teacher(case, x):
+def warm_teacher(arch, x):
     """In float64, its batch norms as 30 passes leave them."""
-    network = fill(Wrapper(model_dict[case["teacher"]]()).double(), 20000)
+    network = fill(Wrapper(model_dict[arch]()).double(), 20000)
     network.to(memory_format=torch.channels_last).train()
     with torch.no_grad():
         for _ in range(30):
@@ -60,7 +60,7 @@ def batch_of(x, target):
 def test_both_training_steps_follow_the_published_trajectories():
     case = GOLDEN["ss_head_trajectory"]
     batch = batch_of(*trajectory_batch(case))
-    fixed, args = warm_teacher(case, batch.x), args_of()
+    fixed, args = warm_teacher(case["teacher"], batch.x), args_of()
     sgd = utils.SGD(fixed.proj_head.parameters(), args.t_lr, args.t_milestones, args)
     loss_of = student.make_ss_loss(fixed, FULL)
     for loss_before, accuracy in case["steps"]:
@@ -176,9 +176,8 @@ def test_the_loss_with_both_networks_compiles_to_one_graph():
 
 
 def test_features_rounded_to_float16_hardly_change_the_losses_and_spare_the_backbone(monkeypatch):
-    case = GOLDEN["ss_head_trajectory"]
-    batch = batch_of(*trajectory_batch(case))
-    fixed = warm_teacher(case, batch.x)
+    batch = batch_of(*trajectory_batch(GOLDEN["ss_head_trajectory"]))
+    fixed = warm_teacher("resnet8", batch.x)
     network = fill(Wrapper(model_dict["resnet8"]()).double(), 30000).eval()
     loss_of, ss_loss_of = student.make_loss(args_of(), fixed, network, FULL), student.make_ss_loss(fixed, FULL)
     expected = [loss_of(batch)[0].item(), ss_loss_of(batch)[0].item()]
