@@ -1,17 +1,13 @@
 """baseline.py: every compared method trains from the command line, stops, resumes and exports."""
 
-import collections
 import copy
 import itertools
 import json
-import random
-import subprocess
-import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, contents, end_of, run_script
+from conftest import contents, end_of
 from oracle import PUBLISHED
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -20,10 +16,12 @@ import baseline
 import cifar
 import methods
 import models
-from methods import negatives
 import utils
-from methods import METHODS, Outputs
-from teacher_store import load_teacher
+from harness import sources
+from harness.flags import Fault, UserError
+from methods import METHODS, Outputs, crd, negatives
+from models import model_dict
+from wrapper import classifier, frozen
 
 PAIRS = PUBLISHED["similar"]["pairs"] + PUBLISHED["cross"]["pairs"]
 TINY = ["--dataset", "synthetic", "--train-size", "10", "--test-size", "6", "--batch-size", "4"]
@@ -34,6 +32,7 @@ WEIGHTS = {
     "vid": "0.1+0.9+1.0", "rkd": "0.1+0.9+1.0", "pkt": "0.1+0.9+30000.0", "ab": "0.1+0.9+1.0",
     "ft": "0.1+0.9+200.0", "crd": "0.1+0.9+0.8", "dkd": "1.0+0.0+1.0", "ls": "0.1+0.0+9.0",
 }  # fmt: skip
+VECTORS = ("kd", "rkd", "pkt", "crd", "dkd", "ls")  # the methods that need no maps
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +65,7 @@ def lines_of(folder):
 
 def initial_student():
     torch.manual_seed(0)
-    return models.model_dict["resnet14x05"]()
+    return model_dict["resnet14x05"]()
 
 
 def same(a, b):
@@ -75,7 +74,7 @@ def same(a, b):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_trains_and_leaves_what_the_design_promises(method, flags, tmp_path):
+def test_every_method_trains_and_leaves_its_checkpoint_its_log_and_its_curves(method, flags, tmp_path):
     baseline.main(flags(method))
     folder = folder_of(tmp_path, method)
     assert folder.name == f"{method}_student_resnet14x05_weight{WEIGHTS[method]}_T4.0_seed0_teacher_resnet8_seed0"
@@ -96,8 +95,7 @@ def test_every_method_trains_and_leaves_what_the_design_promises(method, flags, 
     assert all(set(line) == tags | {"phase", "epoch"} for line in main)
     events = EventAccumulator(str(folder / "events")).Reload()
     for tag in tags:
-        points = [(point.step, point.value) for point in events.Scalars(tag)]
-        assert points == [(line["epoch"], pytest.approx(line[tag])) for line in main], tag
+        assert [x.value for x in events.Scalars(tag)] == pytest.approx([line[tag] for line in main]), tag
 
 
 @pytest.mark.parametrize(
@@ -114,81 +112,53 @@ def test_half_precision_and_deterministic_runs_work(method, more, flags, tmp_pat
     assert len(lines_of(folder_of(tmp_path, method))) == 1 + 2 * (method == "ft")
 
 
+# The phases
+
+
 def after_first_phase(method, flags, monkeypatch):
-    """Student and method as the main phase gets them."""
-    got = []  # not the run, which holds the folder's lock as long as it is there
-    monkeypatch.setattr(baseline, "distil", lambda args, run, networks, method, data: got.extend((networks, method)))
-    baseline.main(flags(method))
+    """State dicts of student and method as the main phase gets them."""
+    got = []  # not the run, which holds the folder's lock as long as it exists
+    with monkeypatch.context() as patch:
+        patch.setattr(baseline, "distil", lambda args, run, networks, made, *_: got.extend((networks, made)))
+        baseline.main(flags(method))
     return got[0].student.state_dict(), got[1].state_dict()
 
 
-def test_abs_first_phase_trains_the_student_but_its_classifier(flags, monkeypatch):
+def test_abs_first_phase_trains_all_of_the_student_but_its_classifier(flags, monkeypatch):
     student, _ = after_first_phase("ab", flags, monkeypatch)
     assert same(student, initial_student().state_dict()) == {"fc.weight", "fc.bias"}
     assert student["layer3.0.bn1.num_batches_tracked"] == 2 * STEPS
 
 
-def test_fts_first_phase_trains_the_paraphraser_alone(flags, monkeypatch):
-    student, method = after_first_phase("ft", flags, monkeypatch)
-    before = initial_student()
-    assert same(student, before.state_dict()) == set(student)
+def test_fts_first_phase_trains_only_the_paraphraser_and_its_main_phase_only_the_translator(
+    flags, monkeypatch, tmp_path
+):
+    student, method = copy.deepcopy(after_first_phase("ft", flags, monkeypatch))
+    assert same(student, initial_student().state_dict()) == set(student)
     shape = torch.zeros(2, 64, 8, 8), torch.zeros(2, 64)  # resnet8's last map and pooled vector
     started = METHODS["ft"](Outputs([torch.zeros(2, 32, 8, 8), shape[1]], None), Outputs(list(shape), None), None)
-    unchanged = same(method, started.state_dict())
-    assert unchanged == {name for name in method if name.startswith("translator.")}
-
-
-def test_fts_first_phase_does_not_run_the_student(flags):
-    _, networks, made, batch = step_of("ft", flags)
-    loss, _ = baseline.make_first_loss(networks._replace(student=None), made)(batch)
-    assert loss.requires_grad
-
-
-def test_fts_main_phase_leaves_the_paraphraser_alone(flags, monkeypatch, tmp_path):
-    _, before = copy.deepcopy(after_first_phase("ft", flags, monkeypatch))
-    monkeypatch.undo()
-    monkeypatch.setattr(METHODS["ft"], "first_epochs", 2)
+    assert same(method, started.state_dict()) == {name for name in method if name.startswith("translator.")}
     baseline.main(flags("ft"))
     after = torch.load(folder_of(tmp_path, "ft") / "ckpt" / "last.pth", weights_only=True)["parts"]["method"]
-    assert same(before, after) == {name for name in before if name.startswith("paraphraser.")}
+    assert same(method, after) == {name for name in method if name.startswith("paraphraser.")}
 
 
-VECTORS = ("kd", "rkd", "pkt", "crd", "dkd", "ls")
+def test_first_epoch_sets_the_length_of_the_first_phase_and_means_nothing_to_other_methods(flags, tmp_path):
+    baseline.main(flags("ft", "--first-epoch", "3"))
+    assert [line["phase"] for line in lines_of(folder_of(tmp_path, "ft"))] == ["first"] * 3 + ["student"] * 2
+    assert baseline.parse_args(flags("kd", "--first-epoch", "3")).first_epoch is None
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if name not in VECTORS])
-def test_methods_that_ask_for_maps_do_not_go_with_stored_features(method, flags, fails):
-    assert "asks for maps, which are not stored" in fails(baseline.main, *flags(method, "--t-features", "disk"))
-
-
-@pytest.mark.parametrize("method", VECTORS)
-def test_stored_features_give_the_losses_of_computed_ones(method, flags, monkeypatch):
-    """Up to the rounding to float16, and without the teacher's backbone."""
-    got = []
-
-    def first_batch(module, loss_of, batches, *args):
-        batch = next(batches)
-        got.append((loss_of(batch)[1], batch.feature))
-        raise utils.Fault("enough")
-
-    monkeypatch.setattr(utils, "train_epoch", first_batch)
-    for where in ("compute", "memory"):
-        assert end_of(baseline.main, flags(method, "--t-features", where, "--overwrite")) == 1
-    (computed, none), (stored, feature) = got
-    assert none is None
-    assert feature.shape == (4, 64)
-    for name in computed:
-        assert stored[name].item() == pytest.approx(computed[name].item(), rel=2e-3), name
+# Stopping and resuming
 
 
 def stop_at(step, monkeypatch):
     """Lets a run fail before its update number `step`."""
-    updates = iter(range(1, 10**9))
-    update = utils.SGD.step
+    updates, update = itertools.count(1), utils.SGD.step
 
     def failing(self, loss):
         if next(updates) == step:
-            raise utils.Fault("stopped by the test")
+            raise Fault("stopped by the test")
         update(self, loss)
 
     monkeypatch.setattr(utils.SGD, "step", failing)
@@ -199,10 +169,8 @@ def stop_at(step, monkeypatch):
     [
         ("crd", (5,)),  # in the second epoch, when banks and Z have been set
         ("dkd", (5,)),
-        ("ab", (2, 5)),  # in either epoch of the first phase
-        ("ab", (8, 5)),  # in the first epoch of the main phase, then, from where that began, in its second
-        ("ft", (5, 5)),
-        ("ft", (11,)),
+        ("ab", (2, 5, 5, 5)),  # in both epochs of the first phase, then in both of the main phase
+        ("ft", (2, 5, 5, 5)),
     ],
 )
 def test_a_stopped_run_ends_as_if_it_had_never_been_stopped(method, steps, flags, tmp_path, monkeypatch, capsys):
@@ -216,48 +184,8 @@ def test_a_stopped_run_ends_as_if_it_had_never_been_stopped(method, steps, flags
     assert contents(folder_of(tmp_path, method)) == contents(folder_of(tmp_path / "whole", method))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "method, phases", [("crd", ["student"]), ("ab", ["first", "student"]), ("ft", ["first", "student"])]
-)
-def test_kills_at_random_moments_of_every_phase_change_nothing(method, phases, runs, tmp_path):
-    """Each round trains anew, killed again and again until it is through; rounds until each phase had five kills."""
-    rng = random.Random(0)
-    flags = ["--method", method, "--t-path", str(runs.teacher), *TINY, "--epoch", "30"]  # as many as a first phase has
-
-    def one_run(cwd, seconds=None):
-        """Runs in a new folder, killed again and again, within `seconds` after an epoch; gives the run folder."""
-        cwd.mkdir()
-        while seconds:
-            command = [sys.executable, ROOT / "baseline.py", *flags]
-            process = subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-            with process:
-                of_epochs = (line for line in process.stdout if "/30 " in line)
-                list(itertools.islice(of_epochs, rng.randrange(20)))
-                try:
-                    process.communicate(timeout=rng.uniform(0, seconds))
-                    break
-                except subprocess.TimeoutExpired:
-                    process.kill()
-            lines = [line for log in cwd.glob("experiments/*/log.jsonl") for line in log.read_text().splitlines()]
-            kills[json.loads(lines[-1])["phase"] if lines else "before the first epoch"] += 1
-        done = run_script("baseline.py", *flags, cwd=cwd)
-        assert (done.returncode, done.stderr) == (0, "")
-        return folder_of(cwd / "experiments", method)
-
-    kills = collections.Counter()
-    whole = one_run(tmp_path / "whole")
-    epoch = json.loads((whole / "result.json").read_text())["seconds"] / (30 * len(phases))
-    for number in range(10):
-        assert contents(one_run(tmp_path / str(number), epoch)) == contents(whole)
-        if min(kills[phase] for phase in phases) >= 5:
-            break
-    assert min(kills[phase] for phase in phases) >= 5, kills
-
-
-def test_dkds_warm_up_follows_the_epochs_of_a_resumed_run(flags, monkeypatch, capsys):
-    warm_ups = []
-    forward = METHODS["dkd"].forward
+def test_dkds_warm_up_follows_the_epochs_of_a_resumed_run(flags, monkeypatch):
+    warm_ups, forward = [], METHODS["dkd"].forward
 
     def noting(self, *outputs):
         warm_ups.append(round(self.warm_up.item(), 6))
@@ -268,135 +196,152 @@ def test_dkds_warm_up_follows_the_epochs_of_a_resumed_run(flags, monkeypatch, ca
         stop_at(5, patch)
         assert end_of(baseline.main, flags("dkd")) == 1
     baseline.main(flags("dkd"))
-    assert warm_ups == [0.05] * STEPS + [0.1] * 2 + [0.1] * STEPS  # the second epoch twice, as it was not over
+    assert warm_ups == [0.05] * STEPS + [0.1] * 2 + [0.1] * STEPS  # the second epoch begins again
     warm_ups.clear()
-    baseline.main(flags("dkd", "--first-epoch", "1", "--overwrite"))
+    baseline.main(flags("dkd", "--first-epoch", "1", "--seed", "1"))
     assert warm_ups == [1.0] * 2 * STEPS
 
 
-def test_the_first_phases_length_may_be_given_and_is_no_flag_of_other_methods(flags, tmp_path):
-    baseline.main(flags("ft", "--first-epoch", "3"))
-    assert [line["phase"] for line in lines_of(folder_of(tmp_path, "ft"))] == ["first"] * 3 + ["student"] * 2
-    assert baseline.parse_args(flags("kd", "--first-epoch", "3")).first_epoch is None
+def test_crds_negatives_follow_from_seed_epoch_and_step_of_a_resumed_run(flags, monkeypatch, tmp_path):
+    draws, draw = [], crd.draw_negatives
 
+    def noting(*given):
+        draws.append(given[-1].tolist())
+        return draw(*given)
 
-def test_crd_saves_its_banks_and_their_constants(flags, tmp_path):
-    baseline.main(flags("crd"))
+    monkeypatch.setattr(crd, "draw_negatives", noting)
+    with monkeypatch.context() as patch:
+        stop_at(5, patch)
+        assert end_of(baseline.main, flags("crd", "--seed", "7")) == 1
+    baseline.main(flags("crd", "--seed", "7"))
+    assert draws == [[7, *when] for when in [(1, 0), (1, 1), (1, 2), (2, 0), (2, 1), (2, 0), (2, 1), (2, 2)]]
     last = torch.load(folder_of(tmp_path, "crd") / "ckpt" / "last.pth", weights_only=True)["parts"]["method"]
     for bank in ("bank_s", "bank_t"):
         assert last[f"{bank}.Z"] > 0
         assert torch.linalg.vector_norm(last[f"{bank}.memory"], dim=1) == pytest.approx(torch.ones(10))  # each was seen
 
 
-def test_the_method_knows_the_labels_of_the_images_as_served(flags, monkeypatch):
-    got = {}
-    monkeypatch.setattr(baseline, "distil", lambda args, run, networks, method, data: got.update(locals()))
-    baseline.main(flags("crd", "--train-size", "400", "--few-shot", "0.5", "--label-noise", "0.2"))
-    train_set = got["data"][0]
-    assert len(train_set) == len(cifar.load(got["args"], "cpu")[0]) < 400
-    assert torch.equal(got["method"].labels, train_set.labels)
-    assert got["method"].bank_s.memory.shape == (len(train_set), 128)
-    assert "_T4.0_few0.5_noise0.2_seed0_" in got["run"].folder.name
-
-
-def test_the_teachers_accuracy_is_that_of_its_own_run(runs, flags, tmp_path, capsys):
-    baseline.main(flags("kd", "--test-size", "40"))
-    reported = json.loads((runs.teacher / "result.json").read_text())["best_acc"]
-    assert f"test accuracy {reported:.2f}\n" in capsys.readouterr().out
-
-
 def test_a_finished_run_says_so_and_exports_its_student(flags, tmp_path, capsys):
-    baseline.main(flags("kd"))
-    before = contents(folder_of(tmp_path, "kd"))
-    baseline.main(flags("kd", "--export", tmp_path / "student.pt2"))
+    for more in ((), ("--export", tmp_path / "student.pt2")):
+        baseline.main(flags("kd", *more))
     assert "is finished" in capsys.readouterr().out
-    assert contents(folder_of(tmp_path, "kd")) == before
-    exported = torch.export.load(tmp_path / "student.pt2").module()
     pixels = torch.rand(5, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     expected = models.load(folder_of(tmp_path, "kd")).eval()((pixels - 0.1863) / 0.2018)  # the statistics of synthetic
+    exported = torch.export.load(tmp_path / "student.pt2").module()
     torch.testing.assert_close(exported(pixels), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_run_with_another_weight_has_another_folder(flags, tmp_path):
-    baseline.main(flags("at"))
-    baseline.main(flags("at", "--ce-weight", "1", "--kd-weight", "0", "--weight", "10", "--kd-T", "2"))
-    names = sorted(path.name for path in tmp_path.iterdir())
-    assert [name.split("_seed0")[0] for name in names] == [
-        "at_student_resnet14x05_weight0.1+0.9+1000.0_T4.0",
-        "at_student_resnet14x05_weight1.0+0.0+10.0_T2.0",
-    ]
+# The flags
+
+
+def test_the_folders_name_holds_the_weights_and_the_temperature(flags):
+    args = baseline.parse_args(flags("at", *"--ce-weight 1 --kd-weight 0 --weight 10 --kd-T 2".split()))
+    assert baseline.run_folder(args, "teacher").name == "at_student_resnet14x05_weight1.0+0.0+10.0_T2.0_seed0_teacher"
+
+
+REFUSED = [(name, ["--t-features", "disk"], "needs maps, which are not stored") for name in METHODS.keys() - {*VECTORS}]
+REFUSED += [("kd", ["--weight", "1"], "whose weight is --kd-weight")]
+REFUSED += [("ab", ["--ce-weight", "0", "--kd-weight", "0"], "nothing to learn")]
+REFUSED += [("crd", ["--ce-weight", "0", "--kd-weight", "0", "--weight", "0"], "nothing to learn")]
+
+
+@pytest.mark.parametrize("method, more, words", sorted(REFUSED))
+def test_flags_that_make_no_sense_together_are_refused(method, more, words):
+    with pytest.raises(UserError, match=words):
+        baseline.parse_args(["--method", method, "--t-path", "unused", *TINY, *more])
+
+
+def test_the_method_gets_the_labels_of_the_training_images_noise_included(flags, monkeypatch):
+    got = {}
+    monkeypatch.setattr(baseline, "distil", lambda args, run, networks, made, data, table: got.update(locals()))
+    baseline.main(flags("crd", "--train-size", "400", "--few-shot", "0.5", "--label-noise", "0.2"))
+    images = got["data"].train
+    assert torch.equal(got["made"].labels, images.labels)
+    assert (images.labels != sources.synthetic(True, 400).labels[images.index]).sum() == 40
+    assert got["made"].bank_s.memory.shape == (200, 128)
+    assert "_T4.0_few0.5_noise0.2_seed0_" in got["run"].folder.name
 
 
 # The step
 
 
-def step_of(method, flags, *more):
-    """The args, networks and method of a run, and a batch of its images."""
-    args = baseline.parse_args(flags(method, *more))
-    checkpoint = load_teacher(args)
-    train_set = cifar.load(args, "cpu").train
+def step_of(method, *more, t_arch="resnet8", s_arch="resnet14x05"):
+    """The flags, networks and method of a run, and a batch of its images."""
+    args = baseline.parse_args(["--method", method, "--t-path", "unused", "--s-arch", s_arch, *more])
+    images = cifar.Images(sources.synthetic(True, 10), sources.STATISTICS["synthetic"], "cpu", batch_size=4)
     torch.manual_seed(0)
-    networks = baseline.make_networks(args, checkpoint.network, torch.device("cpu"))
-    made = baseline.make_method(args, checkpoint, networks, train_set.labels)
-    return args, networks, made, next(train_set.batches("baseline", 1, views=1))
+    student, preact = model_dict[s_arch](), METHODS[method].preact
+    teacher = frozen(model_dict[t_arch](), preact=preact)
+    autocast = utils.precision(args.amp, torch.device("cpu"))
+    networks = baseline.Networks(student, teacher, classifier(teacher), preact, autocast)
+    made = baseline.make_method(args, networks, images, t_arch)
+    return args, networks, made, next(images.batches("baseline", 1, views=1))
 
 
-@pytest.mark.parametrize("method", ["fitnet", "ls"])
-def test_the_loss_is_the_weighted_sum_of_its_terms(method, runs, flags):
-    args, networks, made, batch = step_of(method, flags, "--ce-weight", "0.3", "--kd-weight", "0.6", "--weight", "7")
-    plain, student = models.load(runs.teacher).eval(), copy.deepcopy(networks.student).eval()
-    adapter = copy.deepcopy(made).eval()
-    loss, logged = baseline.make_loss(args, networks, made.eval())(batch)
-    s, t = (Outputs(*network(batch.x, is_feat=True)) for network in (student, plain))
-    terms = {
-        "ce_loss": F.cross_entropy(s.logits, batch.target),
-        "kd_loss": 16 * F.kl_div((s.logits / 4).log_softmax(1), (t.logits / 4).softmax(1), reduction="batchmean"),
-        f"{method}_loss": adapter(s, t, batch.target, batch.rows),
-    }
-    for name, term in terms.items():
-        assert logged[name].item() == pytest.approx(term.item(), rel=1e-4), name
-    ce, kd, term = (term.item() for term in terms.values())
-    assert loss.item() == pytest.approx(0.3 * ce + 0.6 * kd + 7 * term, rel=1e-4)
-
-
-def test_kd_has_no_second_term(flags):
-    args, networks, made, batch = step_of("kd", flags)
+@pytest.mark.parametrize("method, weight", [("fitnet", "7"), ("ls", "7"), ("kd", "0")])
+def test_the_loss_is_the_weighted_sum_of_its_terms(method, weight):
+    """kd itself has no second term."""
+    args, networks, made, batch = step_of(method, "--ce-weight", "0.3", "--kd-weight", "0.6", "--weight", weight)
     loss, logged = baseline.make_loss(args, networks, made)(batch)
-    assert loss.item() == pytest.approx(0.1 * logged["ce_loss"].item() + 0.9 * logged["kd_loss"].item())
+    s, t = Outputs(*networks.student(batch.x, is_feat=True)), Outputs(*networks.teacher(batch.x))
+    kd = 16 * F.kl_div((s.logits / 4).log_softmax(1), (t.logits / 4).softmax(1), reduction="batchmean")
+    own = kd if method == "kd" else made(s, t, batch.target, batch.rows)
+    ce = F.cross_entropy(s.logits, batch.target)
+    for name, term in {"ce": ce, "kd": kd, method: own}.items():
+        assert logged[f"{name}_loss"].item() == pytest.approx(term.item(), rel=1e-4), name
+    assert loss.item() == pytest.approx((0.3 * ce + 0.6 * kd + float(weight) * own).item(), rel=1e-4)
 
 
-def test_a_term_of_weight_0_may_be_anything(flags, monkeypatch):
-    args, networks, made, batch = step_of("sp", flags, "--weight", "0")
+def test_a_term_of_weight_0_may_be_anything(monkeypatch):
+    args, networks, made, batch = step_of("sp", "--weight", "0")
     monkeypatch.setattr(type(made), "forward", lambda self, *_: torch.tensor(torch.nan))
     loss, logged = baseline.make_loss(args, networks, made)(batch)
     assert loss.isfinite()
     assert logged["sp_loss"].isnan()
 
 
-@pytest.mark.parametrize("method", ["ab", "crd"])
-def test_the_loss_with_both_networks_compiles_to_one_graph(method, flags):
-    args, networks, made, batch = step_of(method, flags)
-    losses = [baseline.make_loss(args, networks, made)]
-    losses += [baseline.make_first_loss(networks, made)] if method == "ab" else []
-    for loss_of in losses:
-        loss, _ = torch.compile(loss_of, fullgraph=True, backend="eager")(batch)
-        loss.backward()
-        assert networks.student.conv1.weight.grad.abs().sum() > 0
-        networks.student.zero_grad()
+@pytest.mark.parametrize("method", VECTORS)
+def test_stored_features_give_the_losses_of_computed_ones_without_the_backbone(method):
+    """Up to the rounding to float16."""
+    args, networks, made, batch = step_of(method)
+    again, feature = copy.deepcopy(made), networks.teacher(batch.x)[0][-1].half()
+    _, computed = baseline.make_loss(args, networks, made)(batch)
+    _, stored = baseline.make_loss(args, networks._replace(teacher=None), again)(batch._replace(feature=feature))
+    for name in computed:
+        assert stored[name].item() == pytest.approx(computed[name].item(), rel=2e-3), name
 
 
-def test_dkds_weight_is_that_of_the_pair(runs, flags, tmp_path):
-    (tmp_path / "teacher_wrn_40_2").mkdir()
-    torch.save(models.model_dict["wrn_40_2"]().state_dict(), tmp_path / "teacher_wrn_40_2" / "best.pth")
-    of_pair = step_of("dkd", flags, "--t-path", tmp_path / "teacher_wrn_40_2", "--s-arch", "wrn_16_2")[2]
-    assert of_pair.beta == 6
-    assert step_of("dkd", flags)[2].beta == 8
+def test_a_run_with_stored_features_equals_one_without_up_to_rounding(flags, tmp_path):
+    for where in ("compute", "memory"):
+        baseline.main([*flags("crd", "--t-features", where), "--experiments", str(tmp_path / where)])
+    computed, stored = (lines_of(folder_of(tmp_path / where, "crd")) for where in ("compute", "memory"))
+    for one, other in zip(computed, stored, strict=True):
+        losses = [tag for tag in one if tag.endswith("loss")]
+        assert [other[tag] for tag in losses] == pytest.approx([one[tag] for tag in losses], rel=5e-3)
+    assert stored != computed
+
+
+@pytest.mark.parametrize("method, first", [("crd", False), ("ab", False), ("ab", True), ("ft", True)])
+def test_the_loss_with_both_networks_compiles_to_one_graph(method, first):
+    args, networks, made, batch = step_of(method)
+    if method == "ft":
+        networks = networks._replace(student=None)  # its first phase does not run the student
+    loss_of = baseline.make_first_loss(networks, made) if first else baseline.make_loss(args, networks, made)
+    loss, _ = torch.compile(loss_of, fullgraph=True, backend="eager")(batch)
+    loss.backward()
+    trained = made.paraphraser if method == "ft" else networks.student
+    assert next(trained.parameters()).grad.abs().sum() > 0
+
+
+def test_dkds_beta_is_that_of_the_pair():
+    assert step_of("dkd", t_arch="wrn_40_2", s_arch="wrn_16_2")[2].beta == 6
+    assert step_of("dkd")[2].beta == 8
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_a_compiled_run_is_the_uncompiled_one_up_to_rounding(method, flags, tmp_path):
-    torch.compiler.reset()  # a process has but eight graphs of one function, and a run is a process of its own
+    torch.compiler.reset()  # a process has at most eight graphs of one function, and a run is a process of its own
     # batches of one size: one graph; a low rate: rounding does not grow from step to step
     more = ["--lr", "0.0001", "--train-size", "8", "--experiments"]
     for name in ("eager", "compiled"):
@@ -424,20 +369,20 @@ def test_a_compiled_draw_is_the_same():
 
 
 @pytest.mark.parametrize("t_arch, s_arch", PAIRS)
-def test_every_pairs_step_runs_on_cuda_without_asking_the_device(t_arch, s_arch):
-    """On fake tensors a tensor left on the wrong device fails, and so does a value that the host asks for."""
+def test_every_pairs_step_runs_on_cuda_without_waiting_for_the_device(t_arch, s_arch):
+    """With fake tensors, a tensor on the wrong device fails, and so does a value that the host reads."""
     with FakeTensorMode(), torch.device("cuda"):
-        student, teacher = models.model_dict[s_arch](), models.model_dict[t_arch]().eval()
-        batch = cifar.Batch(torch.randn(4, 3, 32, 32), torch.arange(4), torch.arange(4), torch.zeros(4, 1).long())
+        student, teacher = model_dict[s_arch](), model_dict[t_arch]().eval()
+        batch = cifar.Batch(torch.randn(4, 3, 32, 32), torch.arange(4), torch.arange(4))
         given = {
             preact: [network(batch.x, is_feat=True, preact=preact) for network in (student, teacher)]
             for preact in (False, True)
         }
-        for name in METHODS.keys() - {"crd"}:  # whose constructor counts the labels; its step is in test_methods.py
+        for name in METHODS.keys() - {"crd"}:  # its constructor counts the labels; its step is in test_methods.py
             args = baseline.parse_args(["--method", name, "--t-path", "unused", "--s-arch", s_arch])
             preact = name == "ab"
             once = [lambda *_, out=out, **__: out for out in given[preact]]
-            networks = baseline.Networks(*once, preact, utils.precision("off", torch.device("cuda")))
+            networks = baseline.Networks(*once, None, preact, utils.precision("off", torch.device("cuda")))
             made = METHODS[name](networks.of_student(batch.x), networks.of_teacher(batch.x), batch.target)
             loss, logged = baseline.make_loss(args, networks, made)(batch)
             assert {x.device.type for x in (loss, *logged.values())} == {"cuda"}
@@ -449,23 +394,14 @@ def test_every_pairs_step_runs_on_cuda_without_asking_the_device(t_arch, s_arch)
 @pytest.mark.parametrize("amp", ["off", "bf16"])
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("t_arch, s_arch", PAIRS)
-def test_every_method_trains_a_step_of_every_pair(t_arch, s_arch, method, amp, tmp_path):
-    path = tmp_path / f"teacher_{t_arch}"
-    args = baseline.parse_args(["--method", method, "--t-path", str(path), "--s-arch", s_arch, "--amp", amp])
-    path.mkdir()
-    torch.save(models.model_dict[t_arch]().state_dict(), path / "best.pth")
-    checkpoint = load_teacher(args)
-    train_set = cifar.Images(*cifar.synthetic(True, 8), cifar.STATISTICS["synthetic"], "cpu", batch_size=4)
-    networks = baseline.make_networks(args, checkpoint.network, torch.device("cpu"))
-    made = baseline.make_method(args, checkpoint, networks, train_set.labels)
+def test_every_method_trains_a_step_of_every_pair(t_arch, s_arch, method, amp):
+    args, networks, made, batch = step_of(method, "--amp", amp, t_arch=t_arch, s_arch=s_arch)
     before = copy.deepcopy(networks.student).state_dict()
-    losses = {False: baseline.make_loss(args, networks, made)}
-    if hasattr(made, "first_loss"):
-        losses = {True: baseline.make_first_loss(networks, made)} | losses
-    for first, loss_of in losses.items():
+    losses = {True: baseline.make_first_loss(networks, made)} if made.first_phase else {}
+    for first, loss_of in (losses | {False: baseline.make_loss(args, networks, made)}).items():
         trained = methods.set_phase(made, networks.student, first)
-        sgd = utils.SGD(trained.parameters(), 0.001, [], args)
-        batches = [next(train_set.batches("baseline", 1, views=1))]
-        utils.train_epoch(trained, loss_of, batches, sgd, 4, "one step")  # a Fault if the loss is not finite
+        loss, _ = loss_of(batch)
+        assert loss.isfinite()
+        utils.SGD(trained.parameters(), 0.001, [], args).step(loss)
     changed = set(before) - same(before, networks.student.state_dict())
     assert {name for name, _ in networks.student.named_parameters()} <= changed
