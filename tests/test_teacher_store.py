@@ -304,7 +304,6 @@ def file_in(folder):
     return file
 
 
-# Fails while `Features` computes an empty batch if all entries are known: an empty tensor splits into one empty part.
 def test_features_are_computed_on_first_use_and_read_afterwards(tmp_path):
     images = split_of(20)
     for where in ("memory", "disk"):
