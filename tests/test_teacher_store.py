@@ -1,5 +1,6 @@
 """teacher_store.py: later students find a teacher's SS head and features; nothing damaged or foreign is used."""
 
+import contextlib
 import errno
 import itertools
 import json
@@ -87,7 +88,6 @@ def test_the_fingerprint_is_that_of_the_weights():
         (70.0, 10_000, 100, 0.7646, 10_000, "but 76.46 in its checkpoint"),
         (0.9, 40, 100, 0.9, 40, None),  # not a share
         (70.0, 200, 100, 76.46, 10_000, None),  # three standard errors are 9 points
-        (70.0, 10_000, 100, 76.46, 200, None),
         (60.0, 200, 100, 76.46, 10_000, "but 76.46 in its checkpoint"),
         (2.5, 40, 100, 7.5, 40, None),  # the same images: two of them may differ
         (2.5, 40, 100, 10.0, 40, "but 10.00 in its checkpoint"),
@@ -444,13 +444,14 @@ def test_too_little_space_is_reported_before_anything_is_written(tmp_path, monke
         opened("disk", split_of(), tmp_path / "missing")
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=46_000))
-    with pytest.raises(UserError, match=r"will grow by 47 kB, and 46 kB are free"):
+    with pytest.raises(UserError, match="will grow by .* are free there"):
         opened("disk", split_of(), tmp_path)  # 6 · 648 · 12 bytes
     assert not list(tmp_path.iterdir())
     opened("disk", split_of(6, slice(1, 6)), tmp_path)  # five of six images fit
-    monkeypatch.setattr(teacher_store, "_free_memory", lambda device: 60_000)
-    with pytest.raises(UserError, match=r"the features take 47 kB of the 60 kB that are free on the cpu"):
-        opened("memory", split_of(), tmp_path)
+    for available, fits in ((60, False), (62, True)):  # kB, of which training needs a quarter
+        monkeypatch.setattr(Path, "read_text", lambda self, kb=available: f"MemAvailable:   {kb} kB\n")
+        with contextlib.nullcontext() if fits else pytest.raises(UserError, match="and training needs some"):
+            opened("memory", split_of(), tmp_path)
 
 
 @pytest.mark.parametrize("scale", [1e6, float("nan")])
