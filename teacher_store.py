@@ -86,7 +86,7 @@ def doubt_about(acc: float, images: int, classes: int, reported: float | None, t
 
     `reported` is the accuracy (%, in some checkpoints a share) in its checkpoint, on `tested` images.
     """
-    chance, noise = 100 / classes, 150 / math.sqrt(images)  # noise: three standard errors of 50 %, in percent
+    chance, noise = 100 / classes, 150 / math.sqrt(min(images, tested))  # three standard errors of 50 %, in percent
     if images >= 1000 and acc < chance + noise:
         return f"near chance ({chance:.2f}): check its data set, class order and architecture"
     if reported is not None:
