@@ -72,7 +72,9 @@ def restoring(path: Path) -> Iterator[None]:
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
     except Exception as error:  # zipfile, pickle, torch and missing keys each raise their own
-        raise UserError(f"{path} is damaged or belongs to another run; delete it, or put a good copy back") from error
+        raise UserError(
+            f"{path} is damaged or belongs to another run; put a good copy back, or delete its folder"
+        ) from error
 
 
 def digest(content: Any) -> str:
@@ -105,6 +107,5 @@ def alone(path: Path, waiting: str) -> Iterator[None]:
     """One process at a time is inside; others print `waiting` and wait. Where `path` can't be written, nobody waits."""
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):
-            path.parent.mkdir(parents=True, exist_ok=True)
             stack.callback(os.close, lock(path, waiting))
         yield

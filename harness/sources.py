@@ -127,6 +127,8 @@ def read(
         print("data: synthetic shapes; accuracy says nothing about photographs", flush=True)
         splits = [Split(*synthetic(train, size)) for train, size in zip((True, False), sizes, strict=True)]
     else:
+        with contextlib.suppress(OSError):
+            root.mkdir(parents=True, exist_ok=True)
         with alone(root / ".lock", f"data: waiting for another process that reads {root}"):
             splits = _cifar100(root, url) if name == "cifar100" else _archive(name, root, url)
     return Source(name, *splits, CLASSES[name], *STATISTICS[name])
@@ -144,6 +146,14 @@ def read_for(args: argparse.Namespace, about: Mapping[str, Any], file: Path | No
     name = args.dataset or trained_on
     if name not in DATASETS:
         raise UserError(f"{file}: it was trained on {name:.80}, a data set unknown here; give --dataset")
+    classes = about.get("classes")
+
+    def check(found: int) -> None:
+        if classes not in (None, found):
+            raise UserError(f"{file}: it was trained on {trained_on:.80}, {classes} classes; {name} has {found}")
+
+    if name in CLASSES:
+        check(len(CLASSES[name]))  # before anything is downloaded
     if name != trained_on:
         warn(f"{file} says that it was trained on {trained_on:.80}, not on {name}; without --dataset that is taken")
     elif not args.dataset and name != "cifar100":
@@ -152,10 +162,7 @@ def read_for(args: argparse.Namespace, about: Mapping[str, Any], file: Path | No
     if name == trained_on == "folder" and side is None:
         side = about.get("side")
     source = read(name, args.data_root, side, args.data_url, (args.train_size, args.test_size))
-    classes = about.get("classes", len(source.classes))
-    if classes != len(source.classes):
-        found = f"{name} has {len(source.classes)}"
-        raise UserError(f"{file}: it was trained on {trained_on:.80}, {classes} classes; {found}")
+    check(len(source.classes))
     return source
 
 
