@@ -27,7 +27,6 @@ BAD_FLAGS = [
     ("teacher.py", [*TEACHER, "--test-size", "2001"], "choose 1 to 2000"),
     ("teacher.py", [*TEACHER, "--val-fraction", "0.5"], "no class has two training images"),
     ("teacher.py", [*TEACHER, "--side", "64"], "--side 64 is for --dataset folder"),
-    # Fails: sources.read makes the mistyped folder, for its lock.
     ("teacher.py", [*TEACHER, "--dataset", "folder", "--data-root", "typo"], "typo/train: no such folder; --data-root"),
     ("teacher.py", ["--evaluate", "nowhere"], "nowhere: no such file or folder"),
     ("student.py", ["--s-arch", "resnet8"], "--t-path is missing"),
@@ -37,7 +36,6 @@ BAD_FLAGS = [
     ("student.py", [*STUDENT, "--t-path", "old/best.pth", "--t-arch", "vgg8"], "does not fit vgg8"),
     ("student.py", [*STUDENT, "--t-path", "unfinished"], "unfinished: this run is not finished"),
     ("student.py", [*STUDENT, "--t-path", "unfinished/ckpt"], "unfinished: this run is not finished"),
-    # Fails: sources.read_for warns and downloads CIFAR-10 before it compares the numbers of classes.
     ("student.py", [*STUDENT, "--dataset", "cifar10"], "trained on synthetic, 100 classes; cifar10 has 10"),
     ("student.py", [*STUDENT, "--batch-size", "1"], "--batch-size 1: "),
     ("student.py", [*STUDENT, "--ratio-tf", "1.1"], "--ratio-tf: '1.1' is not a number of at least 0 and at most 1"),

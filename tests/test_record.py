@@ -314,7 +314,6 @@ def test_thirty_kills_at_random_moments_change_nothing(name, touches, runs, entr
 
 
 def test_a_second_student_finds_all_features_in_the_table(runs, tmp_path, monkeypatch):
-    # Fails: Features.__call__ computes an empty batch (ZeroDivisionError) when no view is new.
     monkeypatch.chdir(place_teacher(runs, tmp_path))
     for temperature in ("4", "2"):
         baseline.main([*BASELINE, "kd", *ON_DISK, "--kd-T", temperature])
