@@ -9,7 +9,6 @@ import models
 from harness.flags import UserError
 from wrapper import Wrapper, check_network, frozen
 
-
 ONE_A_FAMILY = ("resnet8", "ResNet50", "wrn_16_2", "vgg8", "MobileNetV2", "ShuffleV1", "ShuffleV2")
 
 
