@@ -194,7 +194,6 @@ RGBA = Image.fromarray(np.dstack([COLOURS, ODD * 255]).astype(np.uint8))
     [
         (Image.fromarray(COLOURS), COLOURS, {}),
         (Image.fromarray(NUMBERS.astype(np.uint8)), GREY % 256, {}),
-        (Image.fromarray(NUMBERS % 3 == 0), (GREY % 3 == 0) * 255, {}),
         (Image.fromarray((NUMBERS * 64).astype(np.uint16)), GREY // 4, {}),
         (RGBA, np.where(ODD, COLOURS, 255), {}),
         (TWO, np.where(ODD, [40, 50, 60], [10, 20, 30]), {}),
@@ -202,7 +201,7 @@ RGBA = Image.fromarray(np.dstack([COLOURS, ODD * 255]).astype(np.uint8))
         (Image.fromarray(COLOURS), np.rot90(COLOURS, -1), {"exif": {0x0112: 6}}),  # to be turned clockwise
         (Image.fromarray(COLOURS), COLOURS[:, ::-1], {"exif": {0x0112: 2}}),  # to be mirrored
     ],
-    ids=["RGB", "L", "1", "I;16", "RGBA", "P", "transparent P", "turned", "mirrored"],
+    ids=["RGB", "L", "I;16", "RGBA", "P", "transparent P", "turned", "mirrored"],
 )
 def test_images_of_every_kind_become_rgb(image, expected, settings, tmp_path):
     if "exif" in settings:
