@@ -3,13 +3,12 @@
 import argparse
 import io
 import math
-import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from oracle import NAMES, fill, images
+from oracle import NAMES, fill
 from torch import Tensor, nn
 
 from harness.checkpoint import find_checkpoint, read, run_folder_of
@@ -83,15 +82,12 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_known_layout_loads(layout, state, tmp_path):
-    folder = tmp_path / "teacher_resnet8_seed0"
+def test_every_known_layout_loads_without_drawing_a_random_number(layout, state, tmp_path):
     for zipped in (False, True):
-        save(LAYOUTS[layout](state), folder / "ckpt" / "best.pth", zipped)
-        loaded = load(folder)
-        assert_holds(loaded, state)
-    saved = fill(model_dict["resnet8"]()).eval()
-    with torch.no_grad():
-        assert torch.equal(loaded.eval()(images()), saved(images()))
+        save(LAYOUTS[layout](state), tmp_path / "teacher_resnet8_seed0" / "ckpt" / "best.pth", zipped)
+        draws = torch.get_rng_state()
+        assert_holds(load(tmp_path / "teacher_resnet8_seed0"), state)
+        assert torch.equal(torch.get_rng_state(), draws)
 
 
 class WithBody(nn.Module):
@@ -126,13 +122,6 @@ def test_half_precision_and_channels_last_weights_load_as_contiguous_float32(sta
     assert torch.equal(model.conv1.weight, state["conv1.weight"].half().float())
 
 
-def test_loading_draws_no_random_number(state, tmp_path):
-    file = save(state, tmp_path / "best.pth")
-    before = torch.get_rng_state()
-    load(file, arch="resnet8")
-    assert torch.equal(torch.get_rng_state(), before)
-
-
 # --- which file ---
 
 
@@ -141,11 +130,8 @@ def test_loading_draws_no_random_number(state, tmp_path):
     [
         (["ckpt/best.pth", "ckpt/last.pth", "ckpt/240.pth"], "ckpt/best.pth"),
         (["ckpt/student_best.pth", "ckpt/teacher.pth", "ckpt/last.pth"], "ckpt/student_best.pth"),
-        (["resnet32x4_best.pth", "resnet32x4_last.pth"], "resnet32x4_best.pth"),
         (["model_BEST.pth.tar"], "model_BEST.pth.tar"),
-        (["best.pth", "ckpt/best.pth"], "best.pth"),
         (["ckpt/student_best.pth", "ckpt/best.pth", "ckpt/b_best.pth"], "ckpt/best.pth"),
-        (["b_best.pth", "a_best.pth"], "a_best.pth"),
         (["best.json", "best.pth.tmp", "ckpt/best.pth"], "ckpt/best.pth"),
         (["ckpt_epoch_240.pth"], "ckpt_epoch_240.pth"),
         (["ckpt/240.pt", "ckpt/last.pth", "ckpt/ss_head_01.pth", "log.txt", "README"], "ckpt/240.pt"),
@@ -164,7 +150,6 @@ def test_a_folder_stands_for_its_best_or_only_checkpoint(files, found, tmp_path)
     [
         (["ckpt/last.pth"], "no checkpoint with 'best' in its name, here or in ckpt/; give the file"),
         (["ckpt/040.pth", "ckpt/080.pth"], "but 2 others; give the file"),
-        (["best.pth/file"], "no checkpoint with 'best' in its name"),
     ],
 )
 def test_a_folder_without_a_single_best_checkpoint_is_refused(files, words, tmp_path):
@@ -193,7 +178,6 @@ def test_the_run_of_a_checkpoint_is_found_from_inside_its_folder(state, tmp_path
     [
         ("teacher_wrn_40_2_seed0/ckpt/best.pth", "wrn_40_2"),
         ("teacher_vgg13/best.pth", "vgg13"),
-        ("teacher_ResNet50_seed0/ckpt/best.pth", "ResNet50"),
         ("teacher_vgg13/resnet8.pth", "resnet8"),
         ("teacher_resnet8_mine_seed0/ckpt/best.pth", "resnet8_mine"),
         (STUDENT_RUN.format("wrn_16_2", "teacher_wrn_40_2_seed0") + "/ckpt/student_best.pth", "wrn_16_2"),
@@ -202,9 +186,7 @@ def test_the_run_of_a_checkpoint_is_found_from_inside_its_folder(state, tmp_path
         ("resnet32x4_vanilla/ckpt_epoch_240.pth", "resnet32x4"),
         ("hub/checkpoints/cifar100_resnet56-f2eff4c8.pt", "resnet56"),
         ("cifar100_baselines/dkd,res32x4,res8x4/student_best", "resnet8x4"),
-        ("dkd,wrn_40_2,shuv1/best", "ShuffleV1"),
         ("kd,res50,mv2/student_latest", "MobileNetV2"),
-        ("kd,vgg13,res50/epoch_240", "ResNet50"),
         ("train_baseline_cifar_arch_wrn_40_2_dataset_cifar100_seed0/wrn_40_2_best.pth.tar", "wrn_40_2"),
     ],
 )
@@ -217,11 +199,9 @@ def test_the_name_of_the_file_or_folder_gives_the_network(file, arch, tmp_path, 
     ("told", "flag", "name", "chosen"),
     [
         ({}, "resnet8", "teacher_vgg13", "resnet8"),
-        ({}, "vgg13", "teacher_vgg13", "vgg13"),
         ({}, "resnet8", "densenet", "resnet8"),
         ({"arch": "resnet8"}, None, "run", "resnet8"),
         ({"about": {"arch": "resnet8"}}, "vgg8", "run", "resnet8"),
-        ({"about": {"arch": "resnet8"}}, None, "teacher_vgg13", "resnet8"),
         ({"arch": "resnet8_cifar"}, "resnet8", "run", "resnet8"),
     ],
 )
@@ -229,7 +209,7 @@ def test_the_checkpoints_word_comes_before_the_flag_and_the_name(told, flag, nam
     file = save(told | {"state_dict": state}, tmp_path / name / "best.pth")
     assert read(file, flag).arch == chosen
     printed = capsys.readouterr().out
-    differ = "vgg" in f"{flag} {name}" and chosen != "vgg13"
+    differ = "vgg" in f"{flag} {name}"
     assert len(printed.splitlines()) == differ
     if differ:
         assert str(file) in printed and f"using {chosen}" in printed and "vgg" in printed
@@ -264,23 +244,14 @@ def test_a_checkpoint_that_says_what_it_is_needs_no_name_and_no_flag(tmp_path):
     assert "does not fit resnet8 with 100 classes" in complaint(file, num_classes=100)
 
 
-@pytest.mark.parametrize("wrong", [{"classes": 10.0}, {"side": "32"}, {"dataset": 3}, {"mean": "0.5"}, {"arch": []}])
-def test_an_entry_of_the_wrong_type_is_ignored(wrong, state, tmp_path):
-    file = save({"state_dict": state, "about": ABOUT | wrong}, tmp_path / "best.pth")
-    assert read(file, arch="resnet8").about == {key: value for key, value in ABOUT.items() if key not in wrong}
-
-
 @pytest.mark.parametrize(
     ("content", "acc"),
     [
         ({"acc": 71.5}, 71.5),
-        ({"best_acc": torch.tensor(71.5)}, 71.5),
         ({"accuracy": torch.tensor([71.5])}, 71.5),
         ({"acc": np.float64(71.5)}, 71.5),
-        ({"acc": np.int64(71)}, 71),
         ({"acc": "high", "best_acc": 70}, 70),
         ({"acc": math.nan}, None),
-        ({"acc": torch.ones(2)}, None),
         ({}, None),
     ],
     ids=str,
@@ -297,58 +268,34 @@ def test_the_reported_accuracy_is_read_whatever_kind_of_number_it_is(numpy, cont
 # --- what is refused ---
 
 
-@pytest.mark.parametrize(
-    ("arch", "classes", "misfit"),
-    [
-        ("resnet8", 10, "size mismatch for fc.weight"),
-        ("resnet14", 100, 'Missing key(s) in state_dict: "layer1.1.conv1.weight"'),
-        ("vgg13", 100, 'Missing key(s) in state_dict: "block0.0.weight"'),
-    ],
-)
-@pytest.mark.parametrize("prefix", ["", "module."])
-def test_weights_of_another_network_are_refused_with_the_first_misfit(prefix, arch, classes, misfit, state, tmp_path):
-    message = complaint(save(prefixed(state, prefix), tmp_path / "best.pth"), arch=arch, num_classes=classes)
-    assert f"does not fit {arch} with {classes} classes: {misfit}" in message
-    assert "choose the network" in message and len(message) < 600
-
-
 WRONG_WEIGHTS = {
+    "does not fit resnet14 with 100 classes: Missing key(s) in state_dict": lambda s: prefixed(s, "module."),
+    "does not fit resnet8 with 10 classes: size mismatch for fc.weight": lambda s: prefixed(s, "module."),
     'Unexpected key(s) in state_dict: "fc2.bias"': lambda s: s | {"fc2.bias": torch.ones(3)},
     "holds several networks, under student. and model.": lambda s: prefixed(s, "student.") | prefixed(s, "model."),
     "'fc.bias' is not finite: the training diverged": lambda s: s | {"fc.bias": torch.full((100,), math.nan)},
-    "'fc.weight' is not finite": lambda s: s | {"fc.weight": torch.full((100, 64), 1e300, dtype=torch.float64)},
+    "holds no state dict": lambda s: {"state_dict": {}, "acc": 70.0},
 }
 
 
 @pytest.mark.parametrize("words", WRONG_WEIGHTS)
 def test_wrong_weights_are_refused(words, state, tmp_path):
-    assert words in complaint(save(WRONG_WEIGHTS[words](state), tmp_path / "best.pth"), arch="resnet8")
-
-
-@pytest.mark.parametrize("content", [{}, [], {"state_dict": {}}, {"model": "resnet8"}, {"acc": 1.0}], ids=str)
-def test_a_file_without_a_state_dict_is_refused(content, tmp_path):
-    assert "holds no state dict" in complaint(save(content, tmp_path / "best.pth"), arch="resnet8")
+    asked = {"arch": "resnet14" if "resnet14" in words else "resnet8", "num_classes": 10 if " 10 " in words else 100}
+    message = complaint(save(WRONG_WEIGHTS[words](state), tmp_path / "best.pth"), **asked)
+    assert words in message and len(message) < 600
 
 
 def test_the_file_that_a_run_resumes_from_is_refused(state, tmp_path):
     last = {"epoch": 3, "done": ["ss_head"], "best": {"acc": 1.0}, "parts": {"student": state}}
-    file = save(last, tmp_path / STUDENT_RUN.format("resnet8", "teacher_vgg13") / "ckpt" / "last.pth")
-    assert "give the run's folder" in complaint(file)
+    assert "give the run's folder" in complaint(save(last, tmp_path / "ckpt" / "last.pth"))
 
 
-@pytest.mark.parametrize("content", [b"", b"hello\n", b"PK\x03\x04 cut", b"\x80\x02}q\x00."], ids=str)
-def test_a_file_that_is_no_checkpoint_is_refused(content, tmp_path):
-    file = tmp_path / "best.pth"
-    file.write_bytes(content)
-    assert "is not a PyTorch checkpoint" in complaint(file, arch="resnet8")
-
-
-@pytest.mark.parametrize("kept", [0.1, 0.5, 0.99])
 @pytest.mark.parametrize("zipped", [True, False])
-def test_a_truncated_checkpoint_is_refused(kept, zipped, state, tmp_path):
+def test_a_file_that_is_no_checkpoint_or_is_truncated_is_refused(zipped, state, tmp_path):
     file = save(state, tmp_path / "best.pth", zipped)
-    os.truncate(file, int(file.stat().st_size * kept))
-    assert "truncated" in complaint(file, arch="resnet8")
+    for content in (file.read_bytes()[:-1000], b"", b"hello\n"):
+        file.write_bytes(content)
+        assert "is not a PyTorch checkpoint, or is damaged or truncated" in complaint(file, arch="resnet8")
 
 
 def test_a_flipped_bit_in_the_weights_is_refused(state, tmp_path):
@@ -363,15 +310,15 @@ def test_a_flipped_bit_in_the_weights_is_refused(state, tmp_path):
         assert "is damaged" in complaint(file, arch="resnet8")
 
 
-def test_a_file_that_may_not_be_read_is_not_called_damaged(state, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("method", "name"), [("read_bytes", "best.pth"), ("iterdir", ".")])
+def test_a_file_that_may_not_be_read_is_not_called_damaged(method, name, state, tmp_path, monkeypatch):
     def refuse(*_):
-        raise PermissionError(13, "Permission denied", str(tmp_path))
+        raise PermissionError(13, "Permission denied")
 
-    file = save(state, tmp_path / "best.pth")
-    for method, path in (("read_bytes", file), ("iterdir", tmp_path)):
-        monkeypatch.setattr(Path, method, refuse)
-        with pytest.raises(PermissionError, match=str(tmp_path)):
-            load(path, arch="resnet8")
+    save(state, tmp_path / "best.pth")
+    monkeypatch.setattr(Path, method, refuse)
+    with pytest.raises(PermissionError):
+        load(tmp_path / name, arch="resnet8")
 
 
 class Surprise:

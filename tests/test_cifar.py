@@ -1,6 +1,5 @@
 """cifar.py against NumPy and torchvision."""
 
-import functools
 from collections import Counter
 
 import numpy as np
@@ -14,17 +13,22 @@ import cifar
 import teacher
 from harness import sources
 from harness.flags import UserError
+from harness.shapes import synthetic
 from harness.sources import Split
 
 STATISTICS = sources.STATISTICS["cifar100"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def drawn_once():
-    """Generating the synthetic images takes a second; here it happens once."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sources, "synthetic", functools.cache(sources.synthetic))
-        yield
+def generated(train, size=None):
+    """Noise in place of the synthetic images, whose drawing takes a second."""
+    count = 10_000 if train else 2_000
+    pixels = np.random.default_rng(count).integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
+    return torch.from_numpy(pixels[:size]), torch.arange(count).mul(37).remainder(100)[:size]
+
+
+@pytest.fixture(autouse=True)
+def drawn_fast(monkeypatch):
+    monkeypatch.setattr(sources, "synthetic", generated)
 
 
 def load(*words):
@@ -70,8 +74,8 @@ def test_a_training_epoch_equals_torchvision_on_the_same_draws(count_views, side
     draws = cifar.draw(10, count_views, seed=3, phase="student", epoch=2, side=side)
     batches = list(data.batches("student", 2, count_views))
     assert [len(batch.target) for batch in batches] == [4, 4, 2]
-    assert torch.equal(torch.cat([batch.target for batch in batches]), draws.order)
-    assert torch.equal(torch.cat([batch.rows for batch in batches]), draws.order)
+    for name in ("target", "rows"):
+        assert torch.equal(torch.cat([getattr(batch, name) for batch in batches]), draws.order)
     assert all(batch.x.is_contiguous(memory_format=torch.channels_last) for batch in batches)
     views = torch.cat([batch.x for batch in batches])
     for row, window in enumerate(draws.window.flatten()):
@@ -108,22 +112,12 @@ def test_views_share_their_flip_but_not_their_crop(side, shifts):
     assert (crop != crop[:, :1]).any(1).float().mean() > 0.95
 
 
-def test_padding_is_black_before_normalising():
-    white = Split(torch.full((1, 32, 32, 3), 255, dtype=torch.uint8), torch.zeros(1))
-    view = cifar.Images(white, STATISTICS, "cpu").views(torch.tensor([0]), torch.tensor([[0]]))[0]  # a corner
-    mean, std = (torch.tensor(values) for values in STATISTICS)
-    assert torch.equal(view[:, 0, 0], -mean / std)
-    assert torch.equal(view[:, 31, 31], (1 - mean) / std)
-
-
 def test_draws_follow_from_seed_phase_and_epoch_alone():
     draws = []
-    for i, names in enumerate(
-        [(0, "student", 1), (0, "student", 1), (1, "student", 1), (0, "ss_head", 1), (0, "student", 2)]
-    ):
-        torch.manual_seed(i)
+    for names in (0, "student", 1), (0, "student", 1), (1, "student", 1), (0, "ss_head", 1), (0, "student", 2):
+        torch.manual_seed(len(draws))
         draws.append(cifar.draw(50, 4, *names))
-        assert torch.equal(draws[i].order.sort().values, torch.arange(50))
+        assert torch.equal(draws[-1].order.sort().values, torch.arange(50))
     first, again, *others = draws
     assert torch.equal(first.order, again.order)
     assert torch.equal(first.window, again.window)
@@ -132,15 +126,14 @@ def test_draws_follow_from_seed_phase_and_epoch_alone():
         assert not torch.equal(first.window, other.window)
 
 
-@pytest.mark.parametrize(("train", "count"), [(True, 10_000), (False, 2_000)])
-def test_synthetic_images_are_always_the_same_and_balanced(train, count):
-    pixels, labels = sources.synthetic(train, None)
-    assert pixels.shape == (count, 32, 32, 3)
-    assert labels.bincount().tolist() == [count // 100] * 100
-    first = sources.synthetic.__wrapped__(train, 150)
-    assert torch.equal(first[0], pixels[:150])
-    assert torch.equal(first[1], labels[:150])
-    assert not torch.equal(first[0], sources.synthetic(not train, None)[0][:150])
+def test_synthetic_images_are_always_the_same_and_balanced():
+    pixels, labels = synthetic(True, 200)
+    fewer = synthetic(True, 150)
+    assert pixels.shape == (200, 32, 32, 3)
+    assert labels.bincount().tolist() == [2] * 100
+    assert torch.equal(fewer[0], pixels[:150])
+    assert torch.equal(fewer[1], labels[:150])
+    assert not torch.equal(synthetic(False, 150)[0], pixels[:150])
 
 
 # ------------------------------------------------------------------------------------------------ the flags of the data
@@ -148,8 +141,8 @@ def test_synthetic_images_are_always_the_same_and_balanced(train, count):
 
 def test_sizes_keep_the_first_images_of_every_class():
     data = load("--train-size", 7, "--test-size", 3)
-    assert torch.equal(data.train.pixels, sources.synthetic(True, None)[0][:7])
-    assert torch.equal(data.test.labels, sources.synthetic(False, None)[1][:3])
+    assert torch.equal(data.train.pixels, generated(True)[0][:7])
+    assert torch.equal(data.test.labels, generated(False)[1][:3])
     assert data.train.index.tolist() == list(range(7))
     assert data.val is data.test
     assert (data.about["dataset"], data.about["classes"], data.about["tested"]) == ("synthetic", 100, 3)
@@ -157,14 +150,13 @@ def test_sizes_keep_the_first_images_of_every_class():
         load("--test-size", 2001)
 
 
-@pytest.mark.parametrize("fraction", [0.25, 0.5, 0.75])
+@pytest.mark.parametrize("fraction", [0.25, 0.5])
 def test_few_shot_keeps_the_same_share_of_every_class(fraction):
     data, whole = load("--few-shot", fraction), load()
     assert data.train.labels.bincount().tolist() == [round(100 * fraction)] * 100
     assert len(data.train.index.unique()) == len(data.train)
     assert torch.equal(data.train.pixels, whole.train.pixels[data.train.index])
     assert torch.equal(data.train.labels, whole.train.labels[data.train.index])
-    assert torch.equal(data.test.pixels, whole.test.pixels)
     assert torch.equal(load("--few-shot", fraction).train.index, data.train.index)
     assert not torch.equal(load("--few-shot", fraction, "--seed", 1).train.index, data.train.index)
 
@@ -173,9 +165,9 @@ def test_few_shot_keeps_at_least_one_image_of_a_class():
     assert cifar.few_shot(torch.tensor([0] * 10 + [1]), 0.1, seed=0).tolist()[-1] == 10
 
 
-@pytest.mark.parametrize("fraction", [0.1, 0.3, 0.5, 1.0])
+@pytest.mark.parametrize("fraction", [0.1, 1.0])
 def test_label_noise_gives_exactly_that_share_another_label(fraction):
-    data, (pixels, true) = load("--label-noise", fraction), sources.synthetic(True, None)
+    data, (pixels, true) = load("--label-noise", fraction), generated(True)
     changed = data.train.labels != true
     assert changed.sum() == 10_000 * fraction
     shifts = Counter(((data.train.labels - true) % 100)[changed].tolist())
@@ -185,7 +177,7 @@ def test_label_noise_gives_exactly_that_share_another_label(fraction):
     assert torch.equal(load("--label-noise", fraction).train.labels, data.train.labels)
     assert not torch.equal(load("--label-noise", fraction, "--seed", 1).train.labels, data.train.labels)
     assert torch.equal(data.train.pixels, pixels)
-    assert torch.equal(data.test.labels, sources.synthetic(False, None)[1])
+    assert torch.equal(data.test.labels, generated(False)[1])
 
 
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=40), st.integers(1, 40))
@@ -211,7 +203,6 @@ def test_the_same_share_of_every_class_is_held_out():
     for part in (data.train, data.val):
         assert torch.equal(part.pixels, whole.train.pixels[part.index])
         assert torch.equal(part.labels, whole.train.labels[part.index])
-    assert torch.equal(data.test.pixels, whole.test.pixels)
     assert data.about["tested"] == 1000
     assert torch.equal(load("--val-fraction", 0.1).val.index, data.val.index)
     assert not torch.equal(load("--val-fraction", 0.1, "--seed", 1).val.index, data.val.index)
@@ -222,7 +213,7 @@ def test_images_are_held_out_before_few_shot_and_label_noise():
     assert torch.equal(few.val.index, data.val.index)
     assert torch.equal(few.val.labels, data.val.labels)
     assert not set(few.train.index.tolist()) & set(few.val.index.tolist())
-    true = sources.synthetic(True, None)[1][few.train.index]
+    true = generated(True)[1][few.train.index]
     assert true.bincount().tolist() == [45] * 100
     assert (few.train.labels != true).sum() == 2250
 

@@ -119,40 +119,27 @@ def test_the_list_holds_the_experiments_of_the_published_tables_in_their_order()
     assert [words for words in dry_run() if f"\n  python {words}\n" not in text] == []
 
 
-@pytest.mark.parametrize("words", [(), ("demo",)])
-def test_the_scripts_accept_every_command(place, words):
-    root, run = place
-    assert run(*words).returncode == 0
-    entries = {"teacher.py": teacher, "student.py": student}
-    args = [entries[script].parse_args(flags) for script, *flags in map(str.split, record(root, "begin"))]
-    assert len(args) == (3 if words else 24)
-    assert {each.seed for each in args} == {0}
-
-
-@pytest.mark.parametrize("words", ["nope", "--dry", "demo now", "--dry-run demo", "tests"])
+@pytest.mark.parametrize("words", ["nope", "--dry-run demo"])
 def test_unknown_words_are_refused_in_one_line_with_the_known_ones(place, words):
     done = place[1](*words.split())
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == f"command.sh: unknown: {words}. Known: --dry-run setup demo test test-slow --help\n"
 
 
-def test_help_prints_the_head_of_the_script():
-    done = command("--help")
-    assert (done.returncode, done.stderr) == (0, "")
-    head = (ROOT / "command.sh").read_text().partition("\n\n")[0].splitlines()[1:]
-    assert done.stdout.splitlines() == [line[2:] for line in head]
-
-
 # ------------------------------------------------------------------------------------------------ running and stopping
 
 
-def test_all_commands_run_in_order_and_show_their_output(place):
+def test_all_commands_run_in_order_show_their_output_and_are_accepted_by_the_scripts(place):
     root, run = place
     done = run()
     assert (done.returncode, done.stderr) == (0, "")
     assert record(root, "begin") == record(root, "end") == dry_run()
     assert outcomes(done) == dict.fromkeys(dry_run(), "finished")
     assert all(f"\nbegin {line}\n" in done.stdout for line in dry_run())
+    run("demo")
+    calls = [line.split() for line in record(root, "begin")]
+    args = [{"teacher.py": teacher, "student.py": student}[script].parse_args(flags) for script, *flags in calls]
+    assert (len(args), {each.seed for each in args}) == (24 + 3, {0})
 
 
 def test_after_a_failure_only_the_students_of_that_teacher_are_left_out(place):
@@ -175,15 +162,6 @@ def test_ctrl_c_stops_the_list(place):
     assert (done.returncode, done.stderr) == (130, "")
     assert record(root, "begin") == dry_run()[:2]
     assert outcomes(done) == {dry_run()[0]: "finished"}
-
-
-@pytest.mark.parametrize("fail", ["", "resnet14"])
-def test_the_demo_explains_its_result_unless_something_failed(place, fail):
-    root, run = place
-    done = run("demo", FAIL=fail)
-    became = ["failed (3)", "finished", "left out"] if fail else ["finished"] * 3
-    assert (done.returncode, list(outcomes(done).values())) == (1 if fail else 0, became)
-    assert ("48.2 ± 3.2" in done.stdout) == (not fail)
 
 
 @pytest.mark.slow
@@ -215,16 +193,12 @@ def test_a_bare_machine_gets_a_venv_and_all_requirements_once(bare):
     assert record(root, "begin") == calls * 2
 
 
-@pytest.mark.parametrize(("fail", "status"), [("some", 3), ("", 0)])
-def test_the_slow_tests_take_further_words_and_give_the_exit_status(place, fail, status):
-    root, run = place
-    assert run("test-slow", "-k", "some", FAIL=fail).returncode == status
-    assert record(root, "begin") == ["-m pytest -m slow -k some"]
-
-
-@pytest.mark.parametrize("fail", ["check", "--check", "pytest"])
+@pytest.mark.parametrize("fail", ["check", "--check", "pytest", ""])
 def test_a_failure_of_lint_or_tests_is_the_exit_status(place, fail):
-    assert place[1]("test", FAIL=fail).returncode == 3
+    root, run = place
+    assert run("test", FAIL=fail).returncode == (3 if fail else 0)
+    assert run("test-slow", "-k", "some", FAIL=fail).returncode == (3 if fail == "pytest" else 0)
+    assert record(root, "begin")[-1] == "-m pytest -m slow -k some"
 
 
 @pytest.mark.parametrize(("moment", "venvs"), [("venv", 2), ("pip", 1)])
@@ -235,14 +209,6 @@ def test_an_interrupted_installation_is_repaired_by_the_next_call(bare, moment, 
     assert run("setup").stdout.splitlines()[-1] == ".venv/bin/python has everything in requirements.txt"
     assert len(record(root, "-m venv")) == venvs
     assert installs(root)[-1] == "-rrequirements.txt"
-
-
-def test_a_venv_whose_python_is_gone_is_made_again(bare):
-    root, run = bare
-    (root / ".venv" / "bin").mkdir(parents=True)
-    (root / ".venv" / "bin" / "python").symlink_to("/nowhere/python")
-    assert run("setup").returncode == 0
-    assert (len(record(root, "-m venv")), len(installs(root))) == (1, 1)
 
 
 def test_a_python3_that_has_everything_is_used(bare):
@@ -266,13 +232,9 @@ def test_only_setup_installs_into_an_active_environment(place, name):
     assert not (root / ".venv").exists()
 
 
-@pytest.mark.parametrize("missing", [True, False])
-def test_a_missing_or_old_python_ends_in_one_line(bare, missing):
+def test_an_old_python_ends_in_one_line(bare):
     root, run = bare
-    if missing:
-        (root / "env" / "bin" / "python3").unlink()
-        (root / "env" / "bin" / "dirname").symlink_to(shutil.which("dirname"))
-    done = run("demo", OLD="1", **({"PATH": str(root / "env" / "bin")} if missing else {}))
+    done = run("demo", OLD="1")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("command.sh: python3 is missing or older than Python 3.10: ")
     assert len(done.stderr.splitlines()) == 1

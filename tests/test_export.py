@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as tvf
 
 from harness.checkpoint import Checkpoint
-from harness.export import exported, exported_checkpoint
+from harness.export import export, exported
 from harness.flags import Fault
 from models import model_dict
 
@@ -28,7 +28,7 @@ def small() -> nn.Module:
 
 
 def test_the_exported_network_answers_like_the_network_in_eval_mode_for_any_batch():
-    model = fill(model_dict["resnet8"](num_classes=10))
+    model = small()
     mean, std = torch.tensor([0.5, 0.4, 0.3]), torch.tensor([0.2, 0.25, 0.3])
     answer = read_back(exported(model, mean.tolist(), std.tolist()))
     model.eval()
@@ -39,14 +39,18 @@ def test_the_exported_network_answers_like_the_network_in_eval_mode_for_any_batc
             torch.testing.assert_close(answer(pixels), model(images), rtol=1e-4, atol=1e-4)
 
 
-def test_a_checkpoint_is_exported_by_what_it_says_itself_and_else_by_the_data_set(monkeypatch):
+@pytest.mark.parametrize("complete", [True, False])
+def test_a_checkpoint_is_exported_by_what_it_says_itself_and_else_by_the_data_set(complete, tmp_path, monkeypatch):
+    about, of_data_set = {"classes": 2, "side": 8}, {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.25, 0.3]}
+    if complete:
+        about |= of_data_set
+    read_for = None if complete else lambda *_: SimpleNamespace(about=of_data_set | {"side": 16})
+    monkeypatch.setattr("harness.export.read_for", read_for)  # a complete checkpoint needs no image
     monkeypatch.setitem(model_dict, "small", lambda num_classes: small())
-    network, pixels = small().eval(), hashed(1, (4, 3, 8, 8)).float()
-    own = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.25, 0.3]}
-    checkpoint = Checkpoint(Path("best.pth"), "small", own, None, network.state_dict())
-    of_data_set = {"classes": 2, "side": 8, "mean": [0.0] * 3, "std": [1.0] * 3}
-    answer = read_back(exported_checkpoint(checkpoint, of_data_set, "network.pt2"))(pixels)
-    torch.testing.assert_close(answer, network(tvf.normalize(pixels, **own)), rtol=1e-4, atol=1e-4)
+    network, pixels, file = small().eval(), hashed(1, (4, 3, 8, 8)).float(), tmp_path / "network.pt2"
+    export(Checkpoint(Path("best.pth"), "small", about, None, network.state_dict()), SimpleNamespace(export=str(file)))
+    expected = network(tvf.normalize(pixels, [0.5, 0.4, 0.3], [0.2, 0.25, 0.3]))
+    torch.testing.assert_close(read_back(file.read_bytes())(pixels), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_exporting_leaves_the_network_and_the_random_numbers_as_they_are():

@@ -76,14 +76,6 @@ def test_selective_mask_equals_brute_force_even_with_ties(ratio, seed):
     assert losses.selective_mask(scores, target, ratio).tolist() == brute_force_kept(scores, target, ratio)
 
 
-@pytest.mark.parametrize("wrong, ratio", [(10, 0.7), (100, 0.29), (30, 0.1), (3, 1 / 3)])
-def test_the_number_of_wrong_rows_kept_is_pythons_product(wrong, ratio):
-    scores = torch.zeros(wrong, 2)
-    scores[:, 1] = 1
-    kept = losses.selective_mask(scores, torch.zeros(wrong, dtype=torch.long), ratio)
-    assert kept.tolist() == [i < int(wrong * ratio) for i in range(wrong)]
-
-
 def test_similarity_is_the_cosine_of_each_rotated_view_with_each_normal_view():
     embedding = torch.randn(12, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     expected = np.empty((9, 3))

@@ -11,9 +11,7 @@ import torch.nn.functional as F
 from oracle import COMPARED, LATER, fill_rounded, labels, rounded
 from torch import nn
 
-from harness.flags import UserError
 from methods import METHODS, Outputs, crd, kd_loss, maps, phases, set_phase
-from methods.base import middle_maps, unit
 from models import model_dict
 
 PAIRS, LOSSES, EDGE = COMPARED["pairs"], COMPARED["losses"], COMPARED["edge"]
@@ -92,10 +90,12 @@ def entries(module):
     return [[name, list(x.shape)] for name, x in module.state_dict().items()]
 
 
-def compare(case, loss, entry, *adapters, **more):
-    """Runs the backward pass, then compares the loss, all gradients, the adapters' state and `more` with an entry."""
+def compare(case, loss, entry, *adapters):
+    """Runs the backward pass, then compares the loss, all gradients and the adapters' state with an entry."""
     loss.backward()
-    near({"loss": loss} | more, entry, entry["f32"])
+    near(loss, entry["loss"], entry["f32"])
+    if "grad_logits_l2" in entry:
+        near(l2(case.student.logits.grad), entry["grad_logits_l2"], entry["f32"])
     of_features = {str(i): l2(x.grad) for i, x in enumerate(case.student.features) if x.grad is not None}
     assert set(of_features) == set(entry.get("grad_feat_l2", {}))
     near(of_features, entry.get("grad_feat_l2"), entry["f32"])
@@ -107,26 +107,9 @@ def compare(case, loss, entry, *adapters, **more):
         near(running(adapter), want.get("buffers_after_l2"), entry["f32"])
 
 
-def test_kd_equals_the_published_one(case):
-    entry, loss = case.figures["KD"], term(build("kd", case), case)
-    assert case.target.tolist() == entry["labels"]
-    (grad,) = torch.autograd.grad(loss, case.student.logits, retain_graph=True)
-    ce = F.cross_entropy(case.student.logits, case.target)
-    (0.1 * ce + 0.9 * loss).backward(retain_graph=True)
-    got = {"grad_logits_l2": l2(grad), "ce": ce, "total_r0.1_a0.9": 0.1 * ce + 0.9 * loss}
-    compare(case, loss, entry, **got, grad_total_logits_l2=l2(case.student.logits.grad))
-
-
-@pytest.mark.parametrize("name", ["SP", "PKT"])
-def test_sp_and_pkt_equal_the_published_ones(case, name):
+@pytest.mark.parametrize("name", ["KD", "AT", "SP", "PKT"])
+def test_kd_at_sp_and_pkt_equal_the_published_ones(case, name):
     compare(case, term(build(name.lower(), case), case), case.figures[name])
-
-
-def test_at_equals_the_published_one(case):
-    method = build("at", case)
-    pairs = middle_maps(case.student, case.teacher)
-    parts = [method(Outputs([s] * 3, None), Outputs([t] * 3, None), None, None) for s, t in pairs]
-    compare(case, term(method, case), case.figures["AT"], parts=parts)
 
 
 def test_rkd_equals_the_published_one(case):
@@ -135,32 +118,22 @@ def test_rkd_equals_the_published_one(case):
         part = F.smooth_l1_loss(relation(pooled), relation(case.teacher.features[-1]))
         (grad,) = torch.autograd.grad(part, pooled)
         near({"loss": part, "grad_feat_l2": l2(grad)}, entry[name], entry["f32"])
-    first_pair = (pooled[0] - pooled[1]).norm() / method.distances(pooled)[0, 1]
     total = {"grad_feat_l2": {str(len(case.student.features) - 1): entry["total_25_50"]["grad_feat_l2"]}}
-    compare(case, term(method, case), entry | total, student_mean_distance=first_pair)
+    compare(case, term(method, case), entry | total)
 
 
-def test_fitnet_equals_the_published_one(case):
-    entry, method = case.figures["FitNet"], build("fitnet", case)
-    assert method.hint_layer == entry["hint_layer"]
-    fill_rounded(method.regressor, entry["adapter"]["fill_base"])
-    out = F.relu(copy.deepcopy(method.regressor)(case.student.features[2].detach()))
-    compare(case, term(method, case), entry, method.regressor, out_l2=l2(out))
-
-
-def kind_of(conv):
-    return f"{type(conv).__name__} kernel {list(conv.kernel_size)} stride {conv.stride[0]} padding {conv.padding[0]}"
-
-
-def test_fitnets_regressor_fits_every_layer(case):
-    entry = case.figures["FitNet_every_layer"]
-    for layer, want in entry["layers"].items():
+def test_fitnet_equals_the_published_one_at_every_layer(case):
+    entry, every = case.figures["FitNet"], case.figures["FitNet_every_layer"]
+    for layer, want in every["layers"].items():
         method = type("Layer", (maps.FitNet,), {"hint_layer": int(layer)})(case.student, case.teacher, case.labels)
         fill_rounded(method.regressor, case.base + 100)
-        assert kind_of(method.regressor.conv) == want["conv"]
         loss = term(method, case)
         (grad,) = torch.autograd.grad(loss, case.student.features[int(layer)])
-        near({"loss": loss, "grad_feat_l2": l2(grad)}, want, entry["f32"])
+        near({"loss": loss, "grad_feat_l2": l2(grad)}, want, every["f32"])
+    method = build("fitnet", case)
+    assert method.hint_layer == entry["hint_layer"]
+    fill_rounded(method.regressor, entry["adapter"]["fill_base"])
+    compare(case, term(method, case), entry, method.regressor)
 
 
 @pytest.mark.parametrize("name", ["VID", "VID_initial_scale"])
@@ -171,34 +144,20 @@ def test_vid_equals_the_published_one(case, name):
         if name == "VID_initial_scale":
             got = {"initial_log_scale": q.log_scale[0], "initial_variance": F.softplus(q.log_scale[-1]) + 1e-5}
             near(got, entry, entry["f32"])
-    pairs = zip(method.adapters, middle_maps(case.student, case.teacher), strict=True)
-    parts = [q(*maps.pool_to_smaller(s, t)) for q, (s, t) in pairs]
-    compare(case, term(method, case), entry, *method.adapters, parts=parts)
+    compare(case, term(method, case), entry, *method.adapters)
 
 
 def test_abs_first_phase_equals_the_published_one(case):
     entry, case = case.figures["AB_pretraining"], inputs(case.name, scale=2)
     method = build("ab", case)
     fill_rounded(method.connectors, entry["adapter"]["fill_base"])
-    kinds = ["identity" if isinstance(c, nn.Identity) else kind_of(c.conv).split(" pad")[0] for c in method.connectors]
-    assert kinds == [kind.removesuffix(" + BatchNorm2d") for kind in entry["adapter"]["kinds"]]
-    pairs = zip(copy.deepcopy(method.connectors), middle_maps(case.student, case.teacher), strict=True)
-    out = [(connector(s).detach(), t) for connector, (s, t) in pairs]
-    sums = [method.boundary(s, t).item() / len(s) * 3e-3 for s, t in out]
-    parts = [weight * x for weight, x in zip(entry["layer_weights"], sums, strict=True)]
-    loss = method.first_loss(case.student, case.teacher)
-    compare(case, loss, entry, method, parts=parts, out_l2=[l2(s) for s, _ in out])
+    compare(case, method.first_loss(case.student, case.teacher), entry, method)
 
 
 def test_fts_first_phase_equals_the_published_one(case):
     entry, method = case.figures["FT_pretraining"], build("ft", case)
     fill_rounded(method.paraphraser, entry["adapter"]["fill_base"])
-    last = case.teacher.features[-2].detach()
-    factor, reconstruction = method.paraphraser.encoder(last), method.paraphraser(last)
-    assert list(factor.shape) == entry["factor_shape"]
-    loss = method.first_loss(None, case.teacher)
-    more = {"factor_l2": l2(factor), "reconstruction_l2": l2(reconstruction)}
-    compare(case, loss, entry, method.paraphraser, **more)
+    compare(case, method.first_loss(None, case.teacher), entry, method.paraphraser)
     assert all(parameter.grad is None for parameter in method.translator.parameters())
 
 
@@ -206,10 +165,7 @@ def test_ft_equals_the_published_one(case):
     entry, method = case.figures["FT"], build("ft", case)
     fill_rounded(method.paraphraser, entry["paraphraser_fill_base"])
     fill_rounded(method.translator, entry["adapter"]["fill_base"])
-    factor = copy.deepcopy(method.translator)(case.student.features[-2].detach())
-    t_factor = method.paraphraser.encoder(case.teacher.features[-2].detach())
-    more = {"student_factor_l2": l2(factor), "teacher_factor_l2": l2(t_factor)}
-    compare(case, term(method, case), entry, nn.ModuleDict({"encoder": method.translator}), **more)
+    compare(case, term(method, case), entry, nn.ModuleDict({"encoder": method.translator}))
     assert all(parameter.grad is None for parameter in method.paraphraser.parameters())
 
 
@@ -235,7 +191,6 @@ def test_crd_equals_the_published_one_over_two_steps(case, name):
     assert entries(linear(method.embed_s)) == entry["embed_s"]["state_dict"]
     assert entries(linear(method.embed_t)) == entry["embed_t"]["state_dict"]
     assert method.temperature == entry["T"]
-    near([l2(method.bank_s.memory), l2(method.bank_t.memory)], entry["memory_before_l2"], entry["f32"])
     for step, want in enumerate(entry["steps"]):
         if step:
             for outputs, key in ((case.student, 310), (case.teacher, 311)):
@@ -243,14 +198,10 @@ def test_crd_equals_the_published_one_over_two_steps(case, name):
                 outputs.features[-1] = rounded(case.base + key, pooled.shape).to(pooled.dtype).requires_grad_()
         method.zero_grad()
         rows, contrast = torch.tensor(want["index"]), torch.tensor(want["contrast_idx"])
-        before = copy.deepcopy(method)
-        v, w = unit(before.embed_s(case.student.features[-1])), unit(before.embed_t(case.teacher.features[-1]))
         loss = method.contrast(case.student, case.teacher, rows, contrast)
         loss.backward()
         got = {
             "loss": loss,
-            "student_loss": before.bank_t.contrast(v, contrast, 0.07),
-            "teacher_loss": before.bank_s.contrast(w, contrast, 0.07),
             "Z_v1": method.bank_t.Z,
             "Z_v2": method.bank_s.Z,
             "grad_feat_l2": l2(case.student.features[-1].grad),
@@ -258,7 +209,6 @@ def test_crd_equals_the_published_one_over_two_steps(case, name):
             "grad_embed_t_l2": grads(linear(method.embed_t)),
             "memory_v1_after_l2": l2(method.bank_s.memory),
             "memory_v2_after_l2": l2(method.bank_t.memory),
-            "memory_v1_row0_after": method.bank_s.memory[rows[0], :4].tolist(),
         }
         near(got, want, entry["f32"])
         assert case.teacher.features[-1].grad is None
@@ -322,7 +272,6 @@ def test_crds_banks_start_with_rows_of_about_unit_length():
     memory = crd.Bank(5000, 128).memory
     bound = 1 / math.sqrt(128 / 3)
     assert 0.999 * bound < memory.abs().max() <= bound
-    assert memory.mean().item() == pytest.approx(0, abs=5 * bound / math.sqrt(3 * memory.numel()))
     assert memory.pow(2).sum(1).mean().item() == pytest.approx(1, rel=0.01)
 
 
@@ -372,7 +321,7 @@ def test_gradients_at_degenerate_rows_are_finite_and_tame(name, factor, monkeypa
     assert max(grad.abs().max().item() for grad in seen) < 316**3
 
 
-@functools.cache  # the thirty passes take seconds
+@functools.cache
 def networks(name):
     """Teacher in eval mode, student (to be copied), images and labels of a trajectory, in float64."""
     setting = COMPARED[name]["setting"]
@@ -380,9 +329,10 @@ def networks(name):
     images = rounded(setting["image"], (batch, 3, 4, 4), 2).repeat_interleave(8, 2).repeat_interleave(8, 3)
     images += rounded(setting["noise"], (batch, 3, 32, 32), 0.3)
     teacher = fill_rounded(model_dict[setting["teacher"]](), setting["teacher_fill_base"]).train()
+    for module in teacher.modules():  # one pass with this momentum does what so many do with 0.1
+        module.momentum = 1 - 0.9 ** setting["teacher_bn_warmup_passes"]
     with torch.no_grad():
-        for _ in range(setting["teacher_bn_warmup_passes"]):
-            teacher(images)
+        teacher(images)
     student = fill_rounded(model_dict[setting["student"]](), setting["student_fill_base"])
     return teacher.eval(), student, images, labels(setting["y"], batch, 100)
 
@@ -390,13 +340,12 @@ def networks(name):
 @pytest.mark.parametrize("setting", ["trajectories", "trajectories_wrn"])
 @float64
 def test_trajectories_start_where_the_published_ones_do(setting, dtype):
-    teacher, student, images, target = networks(setting)
-    got = {"labels": target.tolist(), "image_l2": l2(images)}
+    teacher, student, images, _ = networks(setting)
+    got = {}
     with torch.no_grad():
         for name, network, mode in (("teacher", teacher, False), ("student", copy.deepcopy(student), True)):
             features, logits = network.train(mode)(images, is_feat=True)
             got[f"{name}_feat_l2"], got[f"{name}_logits_l2"] = [l2(x) for x in features], l2(logits)
-            got[f"{name}_feat_shapes"] = [list(x.shape) for x in features]
             features, _ = network.eval()(images, is_feat=True, preact=True)
             got[f"{name}_preact_eval_feat_l2"] = [l2(x) for x in features]
     near(got, COMPARED[setting]["start"])
@@ -506,39 +455,27 @@ def test_a_step_traces_as_one_graph(name, batch):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_half_precision_outputs_are_computed_in_float32_and_float64_stays(name, batch):
-    def cast(dtype):
-        """The same values, which bfloat16 can hold, in another dtype."""
-        student, teacher = (
-            Outputs([x.bfloat16().to(dtype) for x in o.features], o.logits.bfloat16().to(dtype))
-            for o in (batch.student, batch.teacher)
-        )
-        return SimpleNamespace(**vars(batch) | {"student": student, "teacher": teacher})
+    def term_in(dtype):
+        """The term of the same values, which bfloat16 can hold, in another dtype."""
+        of_both = ([x.bfloat16().to(dtype) for x in (*o.features, o.logits)] for o in (batch.student, batch.teacher))
+        student, teacher = (Outputs(features, logits) for *features, logits in of_both)
+        copied = copy.deepcopy(method).double() if dtype == torch.float64 else copy.deepcopy(method)
+        return copied(student, teacher, batch.target, batch.rows)
 
     method = build(name, batch)
-    half, full = (term(copy.deepcopy(method), cast(dtype)) for dtype in (torch.bfloat16, torch.float32))
-    double = term(method.double(), cast(torch.float64))
+    half, full, double = map(term_in, (torch.bfloat16, torch.float32, torch.float64))
     assert (half.dtype, double.dtype) == (torch.float32, torch.float64)
     assert half.shape == double.shape == ()
     assert half.item() == full.item() == pytest.approx(double.item(), rel=1e-4)
 
 
-@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if not method.maps])
-def test_methods_without_maps_need_only_the_teachers_last_feature_and_logits(name, batch):
-    torch.manual_seed(0)
-    want = term(build(name, batch), batch)
-    batch.teacher = batch.teacher._replace(features=batch.teacher.features[-1:])
-    torch.manual_seed(0)
-    assert term(build(name, batch), batch).item() == want.item()
+HEADS = {  # what lies behind the stages
+    "resnet20": "fc", "resnet8x4": "fc", "wrn_16_2": "bn1 fc", "vgg8": "classifier", "MobileNetV2": "conv2 classifier",
+    "ShuffleV1": "linear", "ShuffleV2": "conv2 bn2 linear", "ResNet50": "linear",
+}  # fmt: skip
 
 
-HEADS = [  # what lies behind the stages
-    *(("resnet20", "fc"), ("resnet8x4", "fc"), ("wrn_16_2", "bn1 fc"), ("vgg8", "classifier")),
-    *(("MobileNetV2", "conv2 classifier"), ("ShuffleV1", "linear"), ("ShuffleV2", "conv2 bn2 linear")),
-    ("ResNet50", "linear"),
-]
-
-
-@pytest.mark.parametrize("arch, head", HEADS)
+@pytest.mark.parametrize("arch, head", HEADS.items())
 def test_abs_first_phase_leaves_out_what_lies_behind_the_stages(arch, head, batch):
     with torch.device("meta"):
         network = model_dict[arch]()
@@ -549,15 +486,6 @@ def test_abs_first_phase_leaves_out_what_lies_behind_the_stages(arch, head, batc
         assert (id(parameter) in trained) == (name.split(".")[0] not in head.split()), name
     set_phase(method, network)
     assert all(module.training for module in network.modules())
-
-
-def test_fts_phases_train_the_paraphraser_then_the_translator_beside_the_student(batch):
-    method, network = build("ft", batch), nn.Linear(2, 2)
-    assert list(set_phase(method, network, first=True)) == [method.paraphraser]
-    assert (network.training, method.translator.training, method.paraphraser.training) == (False, False, True)
-    assert list(set_phase(method, network)) == [network, method.translator]
-    assert (network.training, method.translator.training, method.paraphraser.training) == (True, True, False)
-    assert [method.first_rate(arch, 0.05) for arch in ("resnet8x4", "wrn_40_1", "vgg8")] == [0.01, 0.01, 0.05]
 
 
 # The eleven pairs of the tables. Numbers of trained values, counted in the published code: FitNet's regressor, VID,
@@ -588,27 +516,16 @@ def test_every_pair_has_the_published_sizes_of_adapters_and_beta(pair):
     assert (*(sum(p.numel() for p in part.parameters()) for part in parts), dkd.beta) == OF_PAIR[pair]
 
 
-def outputs_of(*heights):
-    return Outputs([*(torch.zeros(2, 4, height, height) for height in heights), torch.zeros(2, 4)], torch.zeros(2, 10))
-
-
-def test_a_pair_that_does_not_suit_a_method_is_an_error():
-    with pytest.raises(UserError, match="height 3 into the teacher's of height 8"):
-        METHODS["fitnet"](outputs_of(8, 8, 3), outputs_of(8, 8, 8), None)
-    with pytest.raises(UserError, match="the student has 2 of them, the teacher 1"):
-        METHODS["ab"](outputs_of(8, 8, 8), outputs_of(8, 8), None)
-    with pytest.raises(UserError, match="one class only"):
-        METHODS["crd"](outputs_of(8), outputs_of(8), torch.zeros(5, dtype=torch.long))
-
-
 def test_methods_have_the_published_weights_and_lengths():
     # test_five_steps_follow_the_published_ones checks the weights of the other methods
     weights = {name: (m.weight, m.ce_weight, m.kd_weight) for name, m in METHODS.items()}
     assert (weights["dkd"], weights["ls"], weights["crd"]) == ((1, 1, 0), (9, 0.1, 0), (0.8, 0.1, 0.9))
+    assert [METHODS["ft"].first_rate(None, arch, 0.05) for arch in ("resnet8x4", "wrn_40_1", "vgg8")] == [
+        0.01,
+        0.01,
+        0.05,
+    ]
     assert {name: m.first_epochs for name, m in METHODS.items() if m.first_epochs} == {"ab": 30, "ft": 30, "dkd": 20}
-    assert [name for name, m in METHODS.items() if m.first_phase] == ["ab", "ft"]
-    assert [name for name, m in METHODS.items() if not m.first_student] == ["ft"]
-    assert [name for name, m in METHODS.items() if not m.maps] == ["kd", "rkd", "pkt", "crd", "dkd", "ls"]
 
 
 def test_dkd_warms_up_over_twenty_epochs(batch):
@@ -619,21 +536,10 @@ def test_dkd_warms_up_over_twenty_epochs(batch):
         assert term(method, batch).item() == pytest.approx(share * full, rel=1e-6)
 
 
-def test_crd_resumes_bit_for_bit_from_its_state_dict_at_the_start_of_an_epoch(batch):
-    straight, resumed = build("crd", batch), build("crd", batch)
-    straight.start_epoch(7, 1)
-    for _ in range(3):
-        term(straight, batch)
-    resumed.load_state_dict(copy.deepcopy(straight.state_dict()))
-    for method in (straight, resumed):
-        method.start_epoch(7, 2)
-    for _ in range(3):
-        assert term(straight, batch).item() == term(resumed, batch).item()
-    assert straight.when.tolist() == [7, 2, 3]  # each step draws other negatives
-
-
-def test_more_negatives_than_images_are_drawn_with_replacement(batch):
-    method = type("Many", (crd.CRD,), {"negatives": 60})(batch.student, batch.teacher, batch.labels)
-    assert method.replace
-    assert math.isfinite(term(method, batch).item())
-    assert not build("crd", batch).replace
+def test_crd_draws_other_negatives_at_each_step_and_with_replacement_only_if_it_must(batch):
+    method = build("crd", batch)
+    method.start_epoch(7, 2)
+    assert [term(method, batch).isfinite() for _ in range(3)] == [True] * 3
+    assert (method.replace, method.when.tolist()) == (False, [7, 2, 3])
+    many = type("Many", (crd.CRD,), {"negatives": 60})(batch.student, batch.teacher, batch.labels)
+    assert many.replace and term(many, batch).isfinite()
