@@ -149,8 +149,8 @@ class Images:
     ):
         self.batch_size, self.seed = batch_size, seed
         self.pixels, self.labels = (x.to(device) for x in split)
-        self.index = (torch.arange(len(split.labels)) if index is None else index).to(device)
-        self.side = split.pixels.shape[1]
+        self.index = (torch.arange(len(self.labels)) if index is None else index).to(device)
+        self.side = self.pixels.shape[1]
         # repeated for every pixel: elementwise work along one long row is vectorised, along rows of 3 it is not
         count = (self.side + 2 * padding(self.side)) ** 2
         self.mean, self.std = (torch.tensor(values).repeat(count).to(device) for values in statistics)

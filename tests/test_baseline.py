@@ -257,7 +257,7 @@ def test_the_method_gets_the_labels_of_the_training_images_noise_included(flags,
     baseline.main(flags("crd", "--train-size", "400", "--few-shot", "0.5", "--label-noise", "0.2"))
     images = got["data"].train
     assert torch.equal(got["made"].labels, images.labels)
-    assert (images.labels != sources.synthetic(True, 400).labels[images.index]).sum() == 40
+    assert (images.labels != sources.synthetic(True, 400)[1][images.index]).sum() == 40
     assert got["made"].bank_s.memory.shape == (200, 128)
     assert "_T4.0_few0.5_noise0.2_seed0_" in got["run"].folder.name
 
