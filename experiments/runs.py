@@ -166,7 +166,13 @@ def write_record(file: Path, runs: list[dict[str, Any]]) -> None:
     if file.suffix != ".jsonl":
         raise UserError(f"{file}: the name does not end in .jsonl")
     before = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    found = [run["record"] for run in reversed(runs)]  # the last one counts: a copy in an inner folder does not
-    lines = {json.dumps([each["run"], each["flags"]], sort_keys=True): each for each in [*before, *found]}
-    write_atomically(file, "".join(json.dumps(each) + "\n" for each in lines.values()).encode())
-    print(f"{file} has {len(lines)} line(s)")
+    found = {
+        identity(run["record"]): run["record"] for run in reversed(runs)
+    }  # a copy in an inner folder doesn't count
+    lines = {identity(record): record for record in before} | dict(reversed(found.items()))
+    write_atomically(file, "".join(json.dumps(record) + "\n" for record in lines.values()).encode())
+    print(f"{file} has {len(lines)} line(s), {len(found)} of them of runs found now")
+
+
+def identity(record: dict[str, Any]) -> str:
+    return json.dumps([record["run"], record["flags"]], sort_keys=True)

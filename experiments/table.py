@@ -54,10 +54,9 @@ one view of an image. DKD, KD + LS: published with the teachers of CRD's tables,
 
 
 def sort_into_rows(runs: pd.DataFrame, by: Sequence[str] = ()) -> pd.DataFrame:
-    """Adds the columns kind, one_teacher and row, and sorts by row and seed.
+    """Adds the columns kind (networks, method, flags, `by`), one_teacher and row (one run for each seed), and sorts.
 
-    Runs of one kind have the same networks, method and flags (and columns `by`). The runs of one row are averaged: one
-    for each seed. A run that is there twice counts once; if its accuracies differ, stderr says which one is left out.
+    A run that is there twice counts once; if its accuracies differ, stderr says which one is left out.
     """
     runs = runs.assign(kind=runs.groupby([*NETWORKS, *by, *flags_in(runs)], dropna=False, sort=False).ngroup())
     same = ["kind", "seed", "fingerprint"]
