@@ -24,8 +24,8 @@ own process, because some settings hold for a whole process. The sides take turn
 
 `--json` writes rows {figure, pair, amp, published, here, ratio}: in seconds or bytes; ratio = published ÷ here, or null
 without two positive values. The "pair" of ss_epoch, ss_epoch_stored and new_view is the teacher's name.
-`--amp` and `--compile` change only this repository's side. On a CPU the published DataLoader has no workers, because
-the networks keep all cores busy. On a GPU it has the published four, except for `views`.
+`--amp` and `--compile` change only this repository's side. The published DataLoader has its four workers on a GPU, none
+on a CPU, whose cores the networks keep busy.
 """
 
 import contextlib
@@ -281,10 +281,7 @@ def crd_inputs(plan: Plan, teacher: Wrapper, network: Wrapper) -> tuple[list[Ten
 
 @contextlib.contextmanager
 def processes(plan: Plan, pair: str) -> Iterator[Callable]:
-    """Starts a process for each side; yields `call(side, function, *args)` → `function(make_side, plan, pair, *args)`.
-
-    The function runs in the process of "published" or "here", where `make_side` builds networks and data once.
-    """
+    """Starts a process for each side; `call(side, function, *args)` runs `function(make_side, plan, pair, *args)` there."""
     with contextlib.ExitStack() as stack:
         spawn = multiprocessing.get_context("spawn")
         pools = {side: stack.enter_context(ProcessPoolExecutor(1, spawn, prepare, (plan.device,))) for side in SIDES}

@@ -26,10 +26,7 @@ SETTINGS = {"kd_T": 4.0, "tf_T": 4.0, "ss_T": 0.5, "ratio_tf": 1.0, "ratio_ss": 
 
 
 class Views(Dataset):
-    """The four views of each image, (4, 3, 32, 32) float32, and its label; with `train` flipped and cropped at random.
-
-    From pixels (N, 32, 32, 3) uint8, labels (N,), and `statistics`: mean and standard deviation of the channels.
-    """
+    """The four views (4, 3, 32, 32) of each of the pixels (N, 32, 32, 3) and its label; `train` flips and crops."""
 
     def __init__(self, pixels: np.ndarray | Tensor, labels: np.ndarray | Tensor, statistics: tuple, train: bool):
         self.pixels, self.labels, self.train = np.asarray(pixels), labels.tolist(), train

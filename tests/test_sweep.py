@@ -156,7 +156,6 @@ def test_teacher_and_student_hold_the_same_images_out(listed, tmp_path, fails):
     [
         (["nope"], "invalid choice: 'nope'"),
         (["--pairs", "resnet20:resnet9"], "--pairs: resnet20:resnet9 is not TEACHER:STUDENT"),
-        (["--methods", "nst"], "invalid choice: 'nst'"),
         (["similar", "--amp", "bf16"], "unrecognized arguments: --amp bf16"),
         (["--teacher-seed", "1", "--", "--val-fraction", "0.1"], "--val-fraction: students of other seeds"),
         (["--grid", "ratio-ss"], "--grid: give a flag and its values"),
