@@ -281,7 +281,7 @@ def crd_inputs(plan: Plan, teacher: Wrapper, network: Wrapper) -> tuple[list[Ten
 
 @contextlib.contextmanager
 def processes(plan: Plan, pair: str) -> Iterator[Callable]:
-    """Starts a process for each side; `call(side, function, *args)` runs `function(make_side, plan, pair, *args)` there."""
+    """A process for each side: `call(side, function, *args)` calls `function(make_side, plan, pair, *args)` there."""
     with contextlib.ExitStack() as stack:
         spawn = multiprocessing.get_context("spawn")
         pools = {side: stack.enter_context(ProcessPoolExecutor(1, spawn, prepare, (plan.device,))) for side in SIDES}
