@@ -6,30 +6,26 @@
     python experiments/bench.py --pairs vgg13:vgg8 --json rows.json
 
 The published pipeline is published.py. "Here" means the functions with which student.py and baseline.py train. Both get
-the same weights, images, batch size and threads. Their losses must agree before anything is timed. Each side has a
-process of its own, set up as its scripts are, because some settings (the memory allocator) hold for a whole process.
-The sides take turns: in each repetition one runs while the other waits. A figure is the median of the repetitions.
+the same weights, images, batch size and threads. Their losses must agree before anything is timed. Each side has its
+own process, because some settings hold for a whole process. The sides take turns; a figure is the median of all turns.
 
     figure                of a batch of 64 images (256 views)
     views                 cut the four views of each image, in one process and one thread
     loss                  the four terms, forward and backward
-    networks              the teacher forward, the student forward and backward
     student_step          everything: views, networks, loss, update, logged values
     student_step_stored   the same with `--t-features memory`, if the table holds every view; published computes them
-    outside_networks      the share of student_step outside the two networks; noise may make it negative
-    ss_epoch              an epoch of the SS head, scaled down: a few training batches, and a fifth as many test images.
-                          Here it leaves out the backbone's features of the test images, computed once in a run
+    ss_epoch              an epoch of the SS head, scaled down: a few training batches, and a fifth as many test images,
+                          whose features this repository computes once in a run and not here
     ss_epoch_stored       the same with `--t-features memory`, if the table holds every view
     new_view              the teacher's feature of one view that the table lacks; only here
     student_step_memory   peak memory beyond what the process held before: allocated (CUDA) or resident (Linux)
-    crd, crd_memory       CRD's term, forward and backward, from given features and negatives (16,384 of 50,000 images)
-    runs, runs_stored     estimated from these figures: the eleven published students with SS heads for their five
-                          teachers; with computed and with stored features
+    crd                   CRD's term, forward and backward, from given features and negatives (16,384 of 50,000 images)
+    runs, runs_stored     estimated: the eleven published students and the SS heads; with computed and stored features
 
-`--json` writes rows {figure, pair, amp, published, here, ratio}: in seconds, bytes or shares; ratio = published ÷ here,
-or null without two positive values. The "pair" of ss_epoch, ss_epoch_stored and new_view is the teacher's name.
-`--amp` and `--compile` change only this repository's side. On a CPU the published DataLoader has no workers, because
-the networks keep all cores busy. On a GPU it has the published four, except for `views`.
+`--json` writes rows {figure, pair, amp, published, here, ratio}: in seconds or bytes; ratio = published ÷ here, or null
+without two positive values. The "pair" of ss_epoch, ss_epoch_stored and new_view is the teacher's name.
+`--amp` and `--compile` change only this repository's side. The published DataLoader has its four workers on a GPU, none
+on a CPU, whose cores the networks keep busy.
 """
 
 import contextlib
@@ -44,7 +40,6 @@ import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from functools import cache, partial
 from itertools import chain, count, repeat
 from pathlib import Path
@@ -80,9 +75,7 @@ STEP = ("student_step", "student_step_stored")
 SS_HEAD = ("ss_epoch", "ss_epoch_stored", "new_view")
 # the published code stores no features, so its computed figure stands beside the stored one
 COMPUTED = {"student_step_stored": "student_step", "ss_epoch_stored": "ss_epoch"}
-HERE_ONLY = {*COMPUTED, "new_view"}
-UNITS = {"outside_networks": (0.01, "%"), "runs": (3600, "h"), "runs_stored": (3600, "h")}
-UNITS |= {"student_step_memory": (2**20, "MiB"), "crd_memory": (2**20, "MiB")}  # everything else is in seconds
+UNITS = {"runs": (3600, "h"), "runs_stored": (3600, "h"), "student_step_memory": (2**20, "MiB")}  # others: seconds
 TABLE = "{:20} {:22} {:4} {:>14} {:>14} {:>8}"
 
 Side = dict[str, Callable[[], Any]]  # figure → a function that does its work once
@@ -133,7 +126,6 @@ def published_side(plan: Plan, pair: str) -> Side:
     batches = published.batches(train_set, plan.batch, plan.device, workers)
     test_batches = published.batches(test_set, plan.ss_test_images, plan.device, workers)
     one_process = published.batches(train_set, plan.batch, plan.device)
-    x, _ = next(one_process)
 
     def ss_epoch() -> None:
         for _ in range(plan.ss_batches):
@@ -149,7 +141,6 @@ def published_side(plan: Plan, pair: str) -> Side:
     return {
         "views": lambda: next(one_process),
         "loss": lambda: torch.autograd.grad(published.total(*published.terms(*inputs, target)), inputs[::2]),
-        "networks": lambda: (teacher(x), backward(network, network(x))),
         "student_step": lambda: published.step(sgd, *published.loss(teacher, network, *next(batches))),
         "ss_epoch": ss_epoch,
         "crd": lambda: torch.autograd.grad(crd(s, t, rows, places), [s, *crd.parameters()]),
@@ -199,13 +190,7 @@ def here_side(plan: Plan, pair: str) -> Side:
             ss_step(batches)
         student.test_ss_head(head, test_features, autocast, "bench")
 
-    def outputs(x: Tensor) -> tuple:
-        with autocast():
-            with torch.no_grad():
-                t = teacher(x)
-            return t, network(x)
-
-    x, outputs_of, terms_of = next(batches).x, compiled(outputs), compiled(sskd_terms)
+    terms_of = compiled(sskd_terms)
     inputs, target = loss_inputs(plan, teacher, network)
     s_inputs = [each.requires_grad_() for each in inputs[::2]]
     (s, t), rows, places = crd_inputs(plan, teacher, network)
@@ -216,7 +201,6 @@ def here_side(plan: Plan, pair: str) -> Side:
     return {
         "views": lambda: next(batches),
         "loss": lambda: torch.autograd.grad(published.total(*terms_of(*inputs, target)), s_inputs),
-        "networks": lambda: backward(network, outputs_of(x)[1]),
         "student_step": lambda: student_step(batches),
         "student_step_stored": lambda: student_step(stored),
         "ss_epoch": lambda: ss_epoch(batches),
@@ -242,24 +226,6 @@ def check_pair(pair: str) -> None:
     for name, expected in published.read(theirs).items():
         if not math.isclose(ours[name], expected, rel_tol=1e-6):
             raise Fault(f"{pair}: {name} is {ours[name]:.6g} here and {expected:.6g} published: unequal work")
-
-
-def check_crd() -> None:
-    """Raises Fault unless CRD's term and its gradients are the same on both sides."""
-    torch.manual_seed(0)
-    s, t = (torch.randn(8, 16, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    outputs, rows, places = (Outputs([s], s), Outputs([t], t)), torch.arange(8), torch.randint(50, (8, 20))
-    theirs, ours = published.CRD(16, 16, 50).double(), METHODS["crd"](*outputs, torch.arange(50)).double()
-    state = theirs.state_dict()
-    banks = {f"bank_{side}.memory": state.pop(f"memory_{side}") for side in "st"}
-    ours.load_state_dict(state | banks, strict=False)  # without Z, which the first step sets
-    terms = theirs(s, t, rows, places), ours.contrast(*outputs, rows, places)
-    found = [
-        (term, *torch.autograd.grad(term, [s, *side.parameters()]))
-        for term, side in zip(terms, (theirs, ours), strict=True)
-    ]
-    if not all(torch.allclose(*both, rtol=1e-6) for both in zip(*found, strict=True)):
-        raise Fault(f"crd is {terms[1]:.6g} here and {terms[0]:.6g} published, or its gradients: unequal work")
 
 
 # ------------------------------------------------------------------------------------------------ what both sides use
@@ -310,31 +276,16 @@ def crd_inputs(plan: Plan, teacher: Wrapper, network: Wrapper) -> tuple[list[Ten
     return features, rows.to(plan.device), torch.cat([rows[:, None], negatives], 1).to(plan.device)
 
 
-def backward(network: nn.Module, output: tuple[Tensor, Tensor, Tensor]) -> None:
-    """Backward from gradients of 1 at the logits and the embedding."""
-    (output[0].sum() + output[1].sum()).backward()
-    network.zero_grad()
-
-
 # ---------------------------------------------------------------------------------------------------------- measuring
 
 
 @contextlib.contextmanager
 def processes(plan: Plan, pair: str) -> Iterator[Callable]:
-    """Starts a process for each side; yields `call(side, function, *args)` → `function(make_side, plan, pair, *args)`.
-
-    The function runs in the process of "published" or "here", where `make_side` builds networks and data once.
-
-    Raises:
-        Fault: a process was killed.
-    """
+    """A process for each side: `call(side, function, *args)` calls `function(make_side, plan, pair, *args)` there."""
     with contextlib.ExitStack() as stack:
         spawn = multiprocessing.get_context("spawn")
         pools = {side: stack.enter_context(ProcessPoolExecutor(1, spawn, prepare, (plan.device,))) for side in SIDES}
-        try:
-            yield lambda side, function, *args: pools[side].submit(function, SIDES[side], plan, pair, *args).result()
-        except BrokenProcessPool as error:
-            raise Fault("a process of the measurement was killed; perhaps memory ran out") from error
+        yield lambda side, function, *args: pools[side].submit(function, SIDES[side], plan, pair, *args).result()
 
 
 def prepare(device: torch.device) -> None:
@@ -358,31 +309,29 @@ def clock(make_side: Callable, plan: Plan, pair: str, figure: str) -> float:
     return (time.perf_counter() - began) / number
 
 
-def peak_memory(make_side: Callable, plan: Plan, pair: str, figure: str) -> float:
-    """Bytes that `figure` needs beyond those that its process holds before."""
-    function = make_side(plan._replace(compile=False), pair)[figure]  # the compiler's own memory is not the step's
-    function()  # loads the code of the kernels
+def peak_memory(make_side: Callable, plan: Plan, pair: str) -> float:
+    """Bytes that a student step needs beyond those that its process holds before."""
+    step = make_side(plan._replace(compile=False), pair)["student_step"]  # the compiler's own memory is not the step's
+    step()  # loads the code of the kernels
     if plan.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(plan.device)
         before = torch.cuda.memory_allocated(plan.device)
-        function()
+        step()
         return float(torch.cuda.max_memory_allocated(plan.device) - before)
     with contextlib.suppress(OSError, AttributeError):  # not glibc, or no right to write there
         ctypes.CDLL("libc.so.6").malloc_trim(0)  # returns freed memory, which the step would use unnoticed
         Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
-    before = resident("VmRSS")
-    function()
-    return resident("VmHWM") - before
-
-
-def resident(key: str) -> float:
-    """Bytes of this process in memory: VmRSS now, VmHWM at most (unlike ru_maxrss not inherited from the parent)."""
-    return float(re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+    status = Path("/proc/self/status")
+    before = re.search(r"VmRSS:\s+(\d+) kB", status.read_text())
+    step()
+    after = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())  # unlike ru_maxrss not inherited from the parent
+    return (int(after[1]) - int(before[1])) * 1024.0
 
 
 def medians(plan: Plan, call: Callable, figures: tuple[str, ...]) -> dict[tuple[str, str], float]:
     """(side, figure) → seconds. All are timed in turns, so that a busy moment of the machine affects all of them."""
-    clocks = [(side, figure) for figure in figures for side in SIDES if side == "here" or figure not in HERE_ONLY]
+    ours = {*COMPUTED, "new_view"}
+    clocks = [(side, figure) for figure in figures for side in SIDES if side == "here" or figure not in ours]
     for side, figure in clocks:
         call(side, clock, figure)  # to warm up
     rounds, began, seconds = [], time.monotonic(), plan.seconds / 10 if figures == SHORT else plan.seconds
@@ -410,9 +359,6 @@ def timed_rows(plan: Plan, pair: str, *groups: tuple[str, ...]) -> Iterator[dict
             found = medians(plan, call, figures)
             if "new_view" in figures:
                 found["here", "new_view"] /= 1024 if plan.device.type == "cuda" else 64  # `Features.batch`
-            if "networks" in figures:
-                shares = [1 - found[side, "networks"] / found[side, "student_step"] for side in SIDES]
-                yield row("outside_networks", pair, plan.amp, *shares)
             for figure in figures:
                 theirs = found.get(("published", COMPUTED.get(figure, figure)))
                 name = pair.split(":")[0] if figure in SS_HEAD else pair
@@ -422,12 +368,11 @@ def timed_rows(plan: Plan, pair: str, *groups: tuple[str, ...]) -> Iterator[dict
 def pair_rows(plan: Plan, pair: str, crd: bool) -> Iterator[dict]:
     """All figures of one pair; those of CRD's term only with `crd`."""
     check_pair(pair)
-    yield from timed_rows(plan, pair, SHORT, ("networks", *STEP), SS_HEAD, *[("crd",)] * crd)
+    yield from timed_rows(plan, pair, SHORT, STEP, SS_HEAD, *[("crd",)] * crd)
     if plan.device.type == "cuda" or Path("/proc/self/status").exists():
-        for figure in ("student_step", "crd")[: 1 + crd]:
-            with processes(plan, pair) as call:  # new ones, which hold nothing of other figures
-                both = [call(side, peak_memory, figure) for side in SIDES]
-            yield row(f"{figure}_memory", pair, plan.amp, *both)
+        with processes(plan, pair) as call:  # new ones, which hold nothing of other figures
+            both = [call(side, peak_memory) for side in SIDES]
+        yield row("student_step_memory", pair, plan.amp, *both)
 
 
 def run_rows(plan: Plan, rows: list[dict]) -> Iterator[dict]:
@@ -435,21 +380,20 @@ def run_rows(plan: Plan, rows: list[dict]) -> Iterator[dict]:
     known, pairs = {(each["figure"], each["pair"]): each for each in rows}, published_pairs()
     for pair in pairs:
         needed = {STEP: pair, SS_HEAD: pair.split(":")[0]}
-        if missing := [figures for figures, name in needed.items() if (figures[0], name) not in known]:
-            for each in timed_rows(plan._replace(seconds=plan.seconds / 4), pair, *missing):
-                known[each["figure"], each["pair"]] = each
-                yield each
-    theirs, computed, stored = whole_runs(plan, pairs, known)
-    yield row("runs", f"{len(pairs)} students", plan.amp, theirs, computed)
-    yield row("runs_stored", f"{len(pairs)} students", plan.amp, theirs, stored)
+        missing = [figures for figures, name in needed.items() if (figures[0], name) not in known]
+        for each in timed_rows(plan._replace(seconds=plan.seconds / 4), pair, *missing) if missing else ():
+            known[each["figure"], each["pair"]] = each
+            yield each
+    theirs, *ours = whole_runs(plan, pairs, known)
+    for figure, seconds in zip(("runs", "runs_stored"), ours, strict=True):
+        yield row(figure, f"{len(pairs)} students", plan.amp, theirs, seconds)
 
 
 def whole_runs(plan: Plan, pairs: list[str], rows: dict[tuple[str, str], dict]) -> tuple[float, float, float]:
     """Seconds to train the students of `pairs` and the SS heads: published, here, and here with stored features.
 
-    It leaves out training the teachers and testing the students. The published code trains an SS head for each student,
-    this repository one for each teacher. With stored features a teacher computes each view once that appears in the
-    epochs of its SS head or of its students; all students of one seed see the same views.
+    Training the teachers and testing the students is left out. The published code trains an SS head for each student,
+    this repository one for each teacher. A stored view is computed once: all students of one seed see the same views.
     """
     args, steps = student.parse_args(FLAGS), math.ceil(50_000 / plan.batch)
     student_steps, ss_epochs = args.epoch * steps, args.t_epoch * steps / plan.ss_batches
@@ -485,7 +429,6 @@ def main(argv: list[str] | None = None) -> None:
         plan, pairs = plan._replace(seconds=4, ss_batches=1, ss_test_images=12), pairs[:1]
     print(f"machine: {device}, {THREADS} threads, PyTorch {torch.__version__}")
     print(TABLE.format("figure", "pair", "amp", "published", "here", "ratio"))
-    check_crd()
     rows = [each for pair in pairs for each in pair_rows(plan, pair, crd=pair == pairs[0])]
     if not args.quick:
         rows += run_rows(plan, rows)

@@ -2,8 +2,7 @@
 
 Views are PIL images, made one by one in a DataLoader. Cosine similarity expands both embeddings to all pairs. Selective
 transfer sorts and calls `nonzero`. The frozen teacher builds a graph, which is then detached. Everything is float32 and
-contiguous. SGD updates one parameter at a time. `.item()` reads every logged value in every step. CRD's term gathers
-rows of its banks.
+contiguous. SGD updates one parameter at a time. `.item()` reads every logged value in every step.
 
 Two things differ from the published code: the sorts are stable, because ties would otherwise keep other rows, and
 `random` draws the flips, because a DataLoader seeds it in each worker. This file shares no code with what it is
@@ -23,13 +22,11 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 VIEWS = 4
+SETTINGS = {"kd_T": 4.0, "tf_T": 4.0, "ss_T": 0.5, "ratio_tf": 1.0, "ratio_ss": 0.75}  # as published
 
 
 class Views(Dataset):
-    """The four views of each image, (4, 3, 32, 32) float32, and its label; with `train` flipped and cropped at random.
-
-    From pixels (N, 32, 32, 3) uint8, labels (N,), and `statistics`: mean and standard deviation of the channels.
-    """
+    """The four views (4, 3, 32, 32) of each of the pixels (N, 32, 32, 3) and its label; `train` flips and crops."""
 
     def __init__(self, pixels: np.ndarray | Tensor, labels: np.ndarray | Tensor, statistics: tuple, train: bool):
         self.pixels, self.labels, self.train = np.asarray(pixels), labels.tolist(), train
@@ -86,27 +83,18 @@ def kl(s_logits: Tensor, t_logits: Tensor, T: float) -> Tensor:
 
 
 def terms(
-    s_logits: Tensor,
-    t_logits: Tensor,
-    s_embedding: Tensor,
-    t_embedding: Tensor,
-    target: Tensor,
-    *,
-    kd_T: float = 4.0,
-    tf_T: float = 4.0,
-    ss_T: float = 0.5,
-    ratio_tf: float = 1.0,
-    ratio_ss: float = 0.75,
+    s_logits: Tensor, t_logits: Tensor, s_embedding: Tensor, t_embedding: Tensor, target: Tensor, **other: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """ce, kd, tf and ss, unweighted; the teacher's tensors are detached after their graph was built."""
+    given = SETTINGS | other
     s_normal, s_rotated = split(s_logits)
     t_normal, t_rotated = (x.detach() for x in split(t_logits))
     s_similarity, t_similarity = similarity(s_embedding), similarity(t_embedding).detach()
-    tf_kept = kept(t_rotated, target.repeat_interleave(VIEWS - 1), ratio_tf)
-    ss_kept = kept(t_similarity, positives(t_similarity), ratio_ss)
-    ce, kd = F.cross_entropy(s_normal, target), kl(s_normal, t_normal, kd_T)
-    tf, ss = kl(s_rotated[tf_kept], t_rotated[tf_kept], tf_T), kl(s_similarity[ss_kept], t_similarity[ss_kept], ss_T)
-    return ce, kd, tf, ss
+    tf_kept = kept(t_rotated, target.repeat_interleave(VIEWS - 1), given["ratio_tf"])
+    ss_kept = kept(t_similarity, positives(t_similarity), given["ratio_ss"])
+    tf = kl(s_rotated[tf_kept], t_rotated[tf_kept], given["tf_T"])
+    ss = kl(s_similarity[ss_kept], t_similarity[ss_kept], given["ss_T"])
+    return F.cross_entropy(s_normal, target), kl(s_normal, t_normal, given["kd_T"]), tf, ss
 
 
 def total(ce: Tensor, kd: Tensor, tf: Tensor, ss: Tensor) -> Tensor:
@@ -137,10 +125,7 @@ def ss_head_loss(teacher: nn.Module, x: Tensor) -> tuple[Tensor, dict[str, Tenso
 
 
 class CRD(nn.Module):
-    """CRD's term (Tian et al., ICLR 2020) for `images` training images, from the last features of both networks.
-
-    It contrasts each network's embedding with rows of the other network's memory.
-    """
+    """CRD's term (Tian et al., ICLR 2020): contrasts each network's embedding with rows of the other one's memory."""
 
     def __init__(self, s_width: int, t_width: int, images: int, dim: int = 128, temperature: float = 0.07):
         super().__init__()

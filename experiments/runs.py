@@ -6,7 +6,6 @@ makes a pandas DataFrame with a row for each run. Flags are written as one types
 
 import glob
 import json
-import os
 import re
 import sys
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from typing import Any
 
 import pandas as pd
 
+from harness.files import write_atomically
 from harness.flags import LOW_RATE, UserError, tell
 from methods import METHODS
 
@@ -43,13 +43,10 @@ NO_SETTING = NAMING | {f"--{name.replace('_', '-')}" for name in BY}
 # ---------------------------------------------------------------------------------------------------------- reading
 
 
-def read_runs(path: Path, all_or_none: bool = False) -> Iterator[dict[str, Any]]:
+def read_runs(path: Path) -> Iterator[dict[str, Any]]:
     """Yields the finished runs below a folder (outer folders first) or in a .jsonl file, as rows for `frame_of`.
 
-    A run that can't be read is left out, with a line on stderr.
-
-    Raises:
-        UserError: the path is neither a folder nor a .jsonl file, or (all_or_none) a run can't be read.
+    A run that can't be read is left out, with a line on stderr. Raises UserError if there is no such folder or file.
     """
     if path.is_dir():
         results = map(Path, glob.glob(f"{glob.escape(str(path))}/**/result.json", recursive=True))  # follows links
@@ -64,8 +61,6 @@ def read_runs(path: Path, all_or_none: bool = False) -> Iterator[dict[str, Any]]
         try:
             yield run_of(place, read())
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-            if all_or_none:
-                raise UserError(f"{place}: {type(error).__name__}: {error}") from error
             leave_out(place, f"{type(error).__name__}: {error}")
 
 
@@ -97,8 +92,6 @@ def run_of(place: str, record: dict) -> dict[str, Any]:
     best, last = result["best_acc"], result["last_acc"]
     if flags.get("--val-fraction"):  # these two are accuracies on the held-out images
         best, last = result["test_acc"], None
-    if not all(0 <= accuracy <= 100 for accuracy in (best, last or 0)):
-        raise ValueError(f"accuracies {best}, {last} are not in percent")
 
     network, teacher, method, folder = flags.get("--arch"), "", "alone", ""
     if "--s-arch" in flags:
@@ -113,9 +106,7 @@ def run_of(place: str, record: dict) -> dict[str, Any]:
     row = {"dataset": flags["--dataset"], "network": network, "teacher": teacher, "method": method}
     row |= {"seed": flags["--seed"], "fingerprint": flags.get("--teacher") or "", "teacher_folder": folder}
     row |= {name: record["flags"].get(name) for name in BY} | {"device": ", ".join(devices)}
-    row |= {"place": place, "identity": json.dumps([record["run"], record["flags"]], sort_keys=True)}
-    row |= values | {"unusual": tuple(name for name in names if values[name] != published.get(name))}
-    hash(tuple(row.values()))  # TypeError: a value is neither a number, a text nor a list
+    row |= {"place": place} | values | {"unusual": tuple(name for name in names if values[name] != published.get(name))}
     return row | {"best": float(best), "last": None if last is None else float(last), "record": record}
 
 
@@ -141,10 +132,7 @@ def frame_of(runs: list[dict[str, Any]], dataset: str) -> pd.DataFrame:
     """The runs on a data set as a DataFrame, with a column for each flag (None: not set, or not used by the method).
 
     `unusual` names the flags that are not as published. A flag that is unknown here and the same in all runs is left
-    out.
-
-    Raises:
-        UserError: there is no run on the data set.
+    out. Raises UserError if there is no run on the data set.
     """
     chosen = [run for run in runs if run["dataset"] == dataset]
     if not chosen:
@@ -173,20 +161,18 @@ def shown(value: Any) -> str:
 def write_record(file: Path, runs: list[dict[str, Any]]) -> None:
     """Writes a line for each run to a .jsonl file. It replaces the line with the same name and flags; others stay.
 
-    Raises:
-        UserError: there is no run, the file's name does not end in .jsonl, or a line of it can't be read.
-        OSError: the file can't be written. It stays as it was.
+    Raises UserError if the file's name does not end in .jsonl, and Fault if it can't be written.
     """
     if file.suffix != ".jsonl":
         raise UserError(f"{file}: the name does not end in .jsonl")
-    if not runs:
-        raise UserError(f"{file}: no finished run to record")
-    before = {run["identity"]: run for run in read_runs(file, all_or_none=True)} if file.exists() else {}
-    found: dict[str, dict] = {}
-    for run in runs:
-        found.setdefault(run["identity"], run)  # a copy in an inner folder does not count
-    lines = before | found
-    part = file.with_name(f".{file.name}.part")
-    part.write_text("".join(json.dumps(run["record"]) + "\n" for run in lines.values()))
-    os.replace(part, file)
+    before = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    found = {
+        identity(run["record"]): run["record"] for run in reversed(runs)
+    }  # a copy in an inner folder doesn't count
+    lines = {identity(record): record for record in before} | dict(reversed(found.items()))
+    write_atomically(file, "".join(json.dumps(record) + "\n" for record in lines.values()).encode())
     print(f"{file} has {len(lines)} line(s), {len(found)} of them of runs found now")
+
+
+def identity(record: dict[str, Any]) -> str:
+    return json.dumps([record["run"], record["flags"]], sort_keys=True)

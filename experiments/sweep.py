@@ -45,12 +45,9 @@ KNOWN = {"teacher": ("teacher.py", {}), "alone": ("teacher.py", {}), "sskd": ("s
 KNOWN |= {name: ("student.py", {f"--{term}-weight": ["0"]}) for name, term in (("kd+tf", "ss"), ("kd+ss", "tf"))}
 KNOWN |= {"kd-4views": ("student.py", {"--tf-weight": ["0"], "--ss-weight": ["0"]})}
 KNOWN |= {name: ("baseline.py", {"--method": [name]}) for name in METHODS}
-NOT_FOR_TEACHERS = {"--few-shot", "--label-noise"}  # a teacher sees all images with their true labels
-# flags that can't be the same for all runs, and why
-REFUSED = {"--seed": "--seeds sets it", "--method": "--methods sets it", "--experiments": "put it before --"}
-REFUSED |= dict.fromkeys(("--arch", "--s-arch", "--t-path", "--t-arch"), "--pairs and --teachers set it")
-REFUSED |= dict.fromkeys(("--evaluate", "--export", "--s-path"), "it is for a single run")
-REFUSED |= {"--gpu-id": "Ray chooses the GPU"}
+# flags that can't be the same for all runs
+OF_ONE_RUN = {"--seed", "--method", "--experiments", "--arch", "--s-arch", "--t-path", "--t-arch", "--s-path"}
+OF_ONE_RUN |= {"--gpu-id", "--evaluate", "--export"}
 
 REPORT = 60  # seconds between two reports of progress
 RETRIES = 20  # how often Ray restarts a run whose worker or node died
@@ -60,11 +57,12 @@ RETRIES = 20  # how often Ray restarts a run whose worker or node died
 class Job:
     """A run: its command and its state."""
 
+    method: str  # one of KNOWN
     log: Path  # its name is the run's name
     command: list[str]  # the script and its flags
     teacher: "Job | None"  # the run that must finish first
     outcome: str = "not run"  # then running, and finally finished, stopped, failed or left out
-    line: str = ""  # the last line of its log that was printed
+    line: str = ""  # the last line of its log, or why there is none
 
 
 def parse_args(argv: list[str] | None) -> Namespace:
@@ -76,11 +74,10 @@ def parse_args(argv: list[str] | None) -> Namespace:
     add("part", nargs="?", choices=["all", "teachers", "similar", "cross"], default="all", help=parts)
     add("--pairs", nargs="+", metavar="TEACHER:STUDENT", help="use these pairs instead of the published ones")
     add("--seeds", nargs="+", type=seed, default=[0], metavar="SEED", help="repeat everything with each seed")
-    known = [method for method in KNOWN if method != "teacher"]
+    _, *known = KNOWN
     methods = f"any of {' '.join(known)} (default: sskd; for all published pairs: alone sskd)"
     add("--methods", nargs="+", choices=known, metavar="METHOD", help=methods)
-    grid = "a flag of the students without its dashes, and its values (quote a value of several words). Students run "
-    grid += "with every combination of the values of all --grid. They win over flags after --"
+    grid = "a flag of the students and its values (quote a value of several words); students run with every combination"
     add("--grid", nargs="+", action="append", default=[], metavar=("FLAG", "VALUE"), help=grid)
     add("--teachers", type=Path, metavar="DIR", help="use the trained teachers in this folder, train none")
     add("--teacher-seed", type=seed, metavar="SEED", help="use the teacher of this seed for students of all seeds")
@@ -89,32 +86,26 @@ def parse_args(argv: list[str] | None) -> Namespace:
     add("--address", help="use this running Ray cluster; auto finds the one on this machine")
     add("--experiments", type=Path, default="experiments", metavar="DIR", help="folder of the run folders")
     add("--list", action="store_true", help="print the commands, teachers first, and run nothing")
-    args, unknown = parser.parse_known_args(own)
-    if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}; flags of the scripts go after --")
+    args = parser.parse_args(own)
 
-    published = args.part in ("similar", "cross")
-    if args.pairs and published:
-        parser.error(f"{args.part} has its own pairs: leave out {args.part} or --pairs")
-    args.methods = args.methods or (["sskd"] if args.pairs or published else ["alone", "sskd"])
     tables = json.loads((ROOT / "experiments" / "published_results.json").read_text())
-    chosen = [args.part] if published else ["similar", "cross"]
-    args.pairs = args.pairs or [":".join(pair) for name in chosen for pair in tables[name]["pairs"]]
-    args.pairs = [pair.split(":") for pair in args.pairs]
+    chosen = [args.part] if args.part in tables else ["similar", "cross"]
+    args.methods = args.methods or (["sskd"] if args.pairs or args.part in tables else ["alone", "sskd"])
+    args.pairs = [pair.split(":") for pair in args.pairs or ()] or sum((tables[name]["pairs"] for name in chosen), [])
     for pair in args.pairs:
         if len(pair) != 2 or not set(pair) <= set(model_dict):
             parser.error(f"--pairs: {':'.join(pair)} is not TEACHER:STUDENT, two of {', '.join(model_dict)}")
+    # Here every value is a list of words; the scripts check them in `commands`.
     scripts = Parser("All flags of the scripts; their own --help explains them")
-    for flag in sorted({*REFUSED}.union(*(flags_of(KNOWN[method][0]) for method in ("teacher", *args.methods)))):
+    for flag in sorted(set().union(*(flags_of(KNOWN[method][0]) for method in ("teacher", *args.methods)))):
         scripts.add_argument(flag, dest=flag, nargs="*", default=SUPPRESS, metavar="VALUE")
     args.flags = vars(scripts.parse_args(after))
     words = [word for flag, *values in args.grid for word in (f"--{flag.lstrip('-')}", *values)]
-    grids, args.grid = args.grid, vars(scripts.parse_args(words))
-    if len(args.grid) < len(grids) or not all(args.grid.values()):
-        parser.error("--grid: give each flag once, with its values")
-    for flag in (*args.flags, *args.grid):
-        if flag in REFUSED:
-            parser.error(f"{flag} can't be the same for all runs: {REFUSED[flag]}")
+    args.grid = vars(scripts.parse_args(words))
+    if not all(args.grid.values()):
+        parser.error("--grid: give a flag and its values")
+    for flag in OF_ONE_RUN & {*args.flags, *args.grid}:
+        parser.error(f"{flag} can't be the same for all runs; see the options before --")
     if "--val-fraction" in args.flags and args.teacher_seed is not None and set(args.seeds) != {args.teacher_seed}:
         parser.error("--val-fraction: students of other seeds hold out other images than --teacher-seed's teacher")
     return args
@@ -136,76 +127,62 @@ def make_jobs(args: Namespace) -> list[Job]:
     jobs: dict[tuple[str, ...], Job] = {}  # by command: pairs may share a teacher
 
     def add(name: str, method: str, networks: list[str], seed: int, needed: Job | None = None) -> Job:
-        for folder, varied in points(args.grid, method):
-            command = make_command(args, method, networks, seed, varied, folder)
+        for folder, command in commands(args, method, networks, seed):
             log = args.experiments / "logs" / f"{folder}{'_' if folder else ''}{name}.log"
-            job = jobs.setdefault(tuple(command), Job(log, command, needed))
+            job = jobs.setdefault(tuple(command), Job(method, log, command, needed))
         return job
 
-    every = list(itertools.product(args.seeds, args.pairs))
-    trained: dict[tuple[str, int], tuple[Path, Job | None]] = {}
-    for seed, (arch, _) in every:
+    for seed, (t_arch, s_arch) in itertools.product(args.seeds, args.pairs):
         t_seed = seed if args.teacher_seed is None else args.teacher_seed
-        path = teacher_folder(args, arch, t_seed)
-        trained[arch, seed] = path, None if args.teachers else add(path.name, "teacher", ["--arch", arch], t_seed)
-    for seed, (_, arch) in every:
-        if "alone" in args.methods:
-            add(f"alone_{arch}_seed{seed}", "alone", ["--arch", arch], seed)
-    methods = [method for method in args.methods if method != "alone" and args.part != "teachers"]
-    for (seed, (t_arch, s_arch)), method in itertools.product(every, methods):
-        path, job = trained[t_arch, seed]
-        networks = ["--t-path", str(path), "--s-arch", s_arch]
-        add(f"{method}_{s_arch}_seed{seed}_{path.name}", method, networks, seed, job)
-    if not jobs:
-        raise UserError("there is nothing to run")
-    return list(jobs.values())
+        path = teacher_folder(args, t_arch, t_seed)
+        trained = None if args.teachers else add(path.name, "teacher", ["--arch", t_arch], t_seed)
+        for method in args.methods:
+            if method == "alone":
+                add(f"alone_{s_arch}_seed{seed}", "alone", ["--arch", s_arch], seed)
+            elif args.part != "teachers":
+                networks = ["--t-path", str(path), "--s-arch", s_arch]
+                add(f"{method}_{s_arch}_seed{seed}_{path.name}", method, networks, seed, trained)
+    return sorted(jobs.values(), key=lambda job: ["teacher", "alone", job.method].index(job.method))
 
 
 def teacher_folder(args: Namespace, arch: str, seed: int) -> Path:
     """The folder of a teacher: the one that its run makes or, in `--teachers`, one with another usual name."""
     fraction = args.flags.get("--val-fraction")
     held_out = data_name(teacher.parse_args(["--arch", arch, "--val-fraction", *fraction])) if fraction else ""
-    name = f"teacher_{arch}{held_out}_seed{seed}"
+    names = [f"teacher_{arch}{held_out}_seed{seed}"]
     if not args.teachers:
-        return args.experiments / name
-    names = [name] if held_out else [name, f"{arch}_seed{seed}", f"teacher_{arch}", f"{arch}_vanilla", arch]
-    for path in (args.teachers / name for name in names):
-        if path.is_dir():
-            return path
+        return args.experiments / names[0]
+    names += [] if held_out else [f"{arch}_seed{seed}", f"teacher_{arch}", f"{arch}_vanilla", arch]
+    if found := [args.teachers / name for name in names if (args.teachers / name).is_dir()]:
+        return found[0]
     raise UserError(f"--teachers {args.teachers}: none of the folders {', '.join(names)} is there")
 
 
-def points(grid: dict[str, list[str]], method: str) -> Iterator[tuple[str, dict[str, list[str]]]]:
-    """Each combination of the grid's values that matters to a method, as the name of a folder and flags."""
+def commands(args: Namespace, method: str, networks: list[str], seed: int) -> Iterator[tuple[str, list[str]]]:
+    """The commands for all combinations of the grid's values that matter to a method, each with its folder's name.
+
+    `networks` ends with the network to train. Raises UserError if the script refuses the flags.
+    """
     script, own = KNOWN[method]
     absent = {flag[2:4] for flag in own if flag.endswith("-weight")}  # terms of weight 0: tf, ss
     fixed = {*own, *(f"--{term}-T" for term in absent), *(f"--ratio-{term}" for term in absent)}
-    flags = [flag for flag in grid if flag in flags_of(script) - fixed and method != "teacher"]
-    for values in itertools.product(*(grid[flag] for flag in flags)):
-        chosen = dict(zip(flags, values, strict=True))
-        folder = "_".join(f"{flag[2:]}_{value}" for flag, value in chosen.items())
-        yield folder.replace(" ", "-").replace("/", "-"), {flag: value.split() for flag, value in chosen.items()}
-
-
-def make_command(
-    args: Namespace, method: str, networks: list[str], seed: int, varied: dict[str, list[str]], folder: str
-) -> list[str]:
-    """The script of one run and its flags. `networks` ends with the network to train; `varied`, `folder`: see `points`.
-
-    Raises UserError if the script refuses the flags.
-    """
-    script, own = KNOWN[method]
-    unused = NOT_FOR_TEACHERS if method == "teacher" else set()
-    if script == "baseline.py" and METHODS[method].maps:
+    grid = {flag: values for flag, values in args.grid.items() if flag in flags_of(script) - fixed}
+    unused = set()
+    if method == "teacher":
+        grid, unused = {}, {"--few-shot", "--label-noise"}  # a teacher sees all images with their true labels
+    elif method in METHODS and METHODS[method].maps:
         unused = {"--t-features"}  # only the last feature can be stored, and this method needs maps
-    shared = {flag: values for flag, values in args.flags.items() if flag in flags_of(script) - unused}
-    rate = "0.01" if networks[-1] in LOW_RATE else "0.05"
-    flags = {"--lr": [rate], "--seed": [str(seed)], **shared, **own, **varied}
-    if args.experiments / folder != Path("experiments"):
-        flags["--experiments"] = [str(args.experiments / folder)]
-    words = networks + [word for flag, values in flags.items() for word in (flag, *values)]
-    SCRIPTS[script](words)  # so wrong flags are found before anything starts
-    return [script, *words]
+    flags = {"--lr": ["0.01" if networks[-1] in LOW_RATE else "0.05"], "--seed": [str(seed)]}
+    flags |= {flag: values for flag, values in args.flags.items() if flag in flags_of(script) - unused} | own
+    for values in itertools.product(*grid.values()):
+        varied = dict(zip(grid, values, strict=True))
+        folder = "_".join(f"{flag[2:]}_{value}" for flag, value in varied.items()).replace(" ", "-").replace("/", "-")
+        chosen = flags | {flag: value.split() for flag, value in varied.items()}
+        if args.experiments / folder != Path("experiments"):
+            chosen["--experiments"] = [str(args.experiments / folder)]
+        words = networks + [word for flag, values in chosen.items() for word in (flag, *values)]
+        SCRIPTS[script](words)  # so wrong flags are found before anything starts
+        yield folder, [script, *words]
 
 
 @entry
@@ -222,9 +199,8 @@ def main(argv: list[str] | None = None) -> None:
         perform(ray, share, jobs)
     finally:
         ray.shutdown()
-        for job in jobs:
-            if job.outcome in ("failed", "left out"):
-                print(f"{job.outcome}: {job.log.stem}: {job.line}")
+        for job in (job for job in jobs if job.outcome in ("failed", "left out")):
+            print(f"{job.outcome}: {job.log.stem}: {job.line}")
         counts = Counter(job.outcome for job in jobs)
         print(f"{len(jobs)} runs: {', '.join(f'{count} {outcome}' for outcome, count in counts.items())}", flush=True)
     if counts["finished"] < len(jobs):
@@ -236,14 +212,14 @@ def start_ray(address: str | None, per_gpu: int) -> tuple[Any, dict[str, float]]
     settings = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}  # 0: a run is as fast as without Ray
     settings["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"  # avoids a warning
     os.environ.update(settings | os.environ)
-    try:
-        import ray
-    except ImportError:
-        raise UserError("Ray is missing: pip install -r requirements-experiments.txt (--list does without)") from None
     # Ray's object store, which the runs don't use, would take a third of the memory
     own = {} if address else {"include_dashboard": False, "object_store_memory": 100 * 2**20}
     try:
+        import ray
+
         ray.init(address or "local", log_to_driver=False, logging_level="ERROR", **own)
+    except ImportError:
+        raise UserError("Ray is missing: pip install -r requirements-experiments.txt (--list does without)") from None
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise UserError(f"no Ray cluster at {address or 'this machine'}: {error}") from error
     gpus = ray.cluster_resources().get("GPU")
@@ -265,15 +241,14 @@ def perform(ray: Any, share: dict[str, float], jobs: list[Job]) -> None:
     left, reported = {task: job for job, task in tasks.items()}, began
     while left and not signals:
         ended, _ = ray.wait(list(left), timeout=1)
-        is_time = time.time() > reported + REPORT
-        reported = time.time() if is_time else reported
+        if is_time := time.time() > reported + REPORT:
+            reported = time.time()
         for job in left.values():
             if job.outcome == "not run" and job.log.exists() and job.log.stat().st_mtime > began:
                 job.outcome = "running"
                 print(f"begins: {job.log.stem}, log in {job.log}", flush=True)
-            elif is_time and job.outcome == "running" and (line := last_line(job.log)) != job.line:
-                job.line = line
-                print(f"{job.log.stem}: {line}", flush=True)
+            elif job.outcome == "running" and is_time:
+                print(f"{job.log.stem}: {last_line(job.log)}", flush=True)
         for task in ended:
             job = left.pop(task)
             try:

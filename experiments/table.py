@@ -34,7 +34,8 @@ from experiments.runs import (
     shown,
     write_record,
 )
-from harness import flags
+from harness.flags import Parser, UserError
+from harness.record import entry
 
 PUBLISHED = Path(__file__).with_name("published_results.json")
 NETWORKS = ["teacher", "network", "method"]
@@ -53,10 +54,9 @@ one view of an image. DKD, KD + LS: published with the teachers of CRD's tables,
 
 
 def sort_into_rows(runs: pd.DataFrame, by: Sequence[str] = ()) -> pd.DataFrame:
-    """Adds the columns kind, one_teacher and row, and sorts by row and seed.
+    """Adds the columns kind (networks, method, flags, `by`), one_teacher and row (one run for each seed), and sorts.
 
-    Runs of one kind have the same networks, method and flags (and columns `by`). The runs of one row are averaged: one
-    for each seed. A run that is there twice counts once; if its accuracies differ, stderr says which one is left out.
+    A run that is there twice counts once; if its accuracies differ, stderr says which one is left out.
     """
     runs = runs.assign(kind=runs.groupby([*NETWORKS, *by, *flags_in(runs)], dropna=False, sort=False).ngroup())
     same = ["kind", "seed", "fingerprint"]
@@ -88,14 +88,6 @@ def split_by_teacher(runs: pd.DataFrame) -> pd.DataFrame:
     own = own[:0] if shared[own.index].all() else own
     rest = runs[shared | ~runs.index.isin(own.index)]
     return pd.concat([own.assign(one_teacher=""), rest.assign(one_teacher=rest["fingerprint"])])
-
-
-def warn_of_teachers(runs: pd.DataFrame, setting: list[str]) -> None:
-    """Warns of teachers with one name and different weights: a table would compare their students."""
-    groups = runs[runs["teacher"] != ""].groupby(["network", *setting, "teacher_folder"], dropna=False)
-    names = {group["teacher_folder"].iloc[0] for _, group in groups if group["fingerprint"].nunique() > 1}
-    for name in sorted(names):
-        flags.warn(f"students in one setting have different teachers of the name {name}; read their folders apart")
 
 
 def summary_of(runs: pd.DataFrame) -> pd.DataFrame:
@@ -234,59 +226,50 @@ def show(title: str, table: pd.DataFrame, markdown: bool) -> None:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = flags.Parser("Prints what the runs reached, beside what was published.")
+    parser = Parser("Prints what the runs reached, beside what was published.")
+    add = parser.add_argument
     where = "a folder (all finished runs below it) or a .jsonl file; default: the folder of this script"
-    parser.add_argument("paths", nargs="*", type=Path, default=[Path(__file__).parent], metavar="PATH", help=where)
-    parser.add_argument("--dataset", default="cifar100", help="show the runs on this data set")
+    add("paths", nargs="*", type=Path, default=[Path(__file__).parent], metavar="PATH", help=where)
+    add("--dataset", default="cifar100", help="show the runs on this data set")
     over = "list all runs with their gains over this method (KD, for example), paired by seed and teacher"
-    parser.add_argument("--against", metavar="METHOD", help=over)
-    apart = f"list all runs and tell apart how they were computed: {', '.join(BY)}"
-    parser.add_argument("--by", nargs="+", choices=BY, default=[], metavar="HOW", help=apart)
-    form = parser.add_mutually_exclusive_group()
-    form.add_argument("--markdown", action="store_true", help="print Markdown")
-    form.add_argument("--csv", action="store_true", help="list all runs as CSV")
-    form.add_argument("--json", action="store_true", help="list all runs as JSON")
-    parser.add_argument("--record", type=Path, metavar="FILE", help="add the runs to this .jsonl file; print no table")
+    add("--against", metavar="METHOD", help=over)
+    add("--by", nargs="+", choices=BY, default=[], help="list all runs and tell apart how they were computed")
+    add = parser.add_mutually_exclusive_group().add_argument
+    add("--markdown", action="store_true", help="print Markdown")
+    add("--csv", action="store_true", help="list all runs as CSV")
+    add("--json", action="store_true", help="list all runs as JSON")
+    add("--record", type=Path, metavar="FILE", help="add the runs to this .jsonl file; print no table")
     return parser.parse_args(argv)
 
 
-def show_tables(args: argparse.Namespace) -> None:
+@entry
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
     found = [run for path in args.paths for run in read_runs(path)]
     if args.record:
         write_record(args.record, found)
         return
     runs = sort_into_rows(frame_of(found, args.dataset), args.by)
     setting = [*args.by, *(name for name in flags_in(runs) if name not in OF_METHODS)]
-    warn_of_teachers(runs, setting)
     rows = summary_of(runs)
     columns = ["dataset", "network", "teacher", "one_teacher", "method", *args.by, *unusual_flags(rows)]
     columns += ["n", "best_mean", "best_sd", "last_mean", "last_sd", "seeds"]
     if args.against:
         if args.against not in set(rows["method"]):
             there = ", ".join(rows["method"].unique())
-            raise flags.UserError(f"--against {args.against}: no run of this method; there are {there}")
+            raise UserError(f"--against {args.against}: no run of this method; there are {there}")
         gains = gains_over(args.against, runs, setting)
         rows, columns = rows.join(gains), [*columns, *gains]
-    if args.csv or args.json:
-        data = rows[columns].rename(columns=lambda name: name.lstrip("-").replace("-", "_"))
-        if args.json:
-            print(data.to_json(orient="records", double_precision=15, force_ascii=False))
-        else:
-            print(data.to_csv(index=False), end="")
-        return
-    if args.dataset == "cifar100" and not (args.by or args.against):
-        rows = show_published(rows, args.markdown)
-    if len(rows):
-        show_list(rows, args)
-
-
-def main(argv: list[str] | None = None) -> None:
-    flags.show_any_name()  # such as ± and †
-    try:
-        show_tables(parse_args(argv))
-    except (flags.UserError, OSError) as error:
-        flags.tell("table.py", f"error: {error}")
-        sys.exit(2)
+    data = rows[columns].rename(columns=lambda name: name.lstrip("-").replace("-", "_"))
+    if args.json:
+        print(data.to_json(orient="records", double_precision=15, force_ascii=False))
+    elif args.csv:
+        print(data.to_csv(index=False), end="")
+    else:
+        if args.dataset == "cifar100" and not (args.by or args.against):
+            rows = show_published(rows, args.markdown)
+        if len(rows):
+            show_list(rows, args)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 import pytest
-from recorded import COMMON, KD, PLAIN, SS, SSKD, START, TF, change, write_network, write_run, write_student
+from recorded import COMMON, KD, PLAIN, SS, START, TF, change, write_network, write_run, write_student
 
 from experiments import runs, table
 
@@ -14,15 +14,6 @@ T_975 = 4.302653  # Student's t for 95 % with two degrees of freedom, from a pri
 WEIGHTS = {"kd": 0.0, "fitnet": 100.0, "at": 1000.0, "sp": 3000.0, "vid": 1.0, "rkd": 1.0, "pkt": 30000.0, "ab": 1.0}
 WEIGHTS |= {"ft": 200.0, "crd": 0.8, "dkd": 1.0, "ls": 9.0}
 OTHERS = {"dkd": {"ce_weight": 1.0, "kd_weight": 0.0}, "ls": {"kd_weight": 0.0}}  # beside 0.1 and 0.9
-
-
-def refused(capsys, *words):
-    """The one line on stderr with which table.py ends."""
-    with pytest.raises(SystemExit) as end:
-        table.main([str(word) for word in words])
-    (line,) = capsys.readouterr().err.splitlines()
-    assert end.value.code == 2
-    return line
 
 
 def show(capsys, *words):
@@ -198,19 +189,6 @@ def test_a_flag_that_varies_has_a_column_and_others_stand_in_the_title(tmp_path,
     ]
 
 
-def test_numbers_sort_as_numbers(tmp_path, capsys):
-    for arch in ("resnet20", "resnet8", "resnet110"):
-        write_network(tmp_path, arch, 1, 1, few_shot=0.5)
-    for name, values in {"weight_decay": (0.001, 0.00001, 0.0001), "train_size": (1000, 500)}.items():
-        for value in values:
-            write_network(tmp_path / str(value), "resnet8", 1, 1, few_shot=0.5, **{name: value})
-    rows = as_json(capsys, tmp_path)
-    usual = [row["network"] for row in rows if (row["weight_decay"], row["train_size"]) == (5e-4, None)]
-    assert usual == ["resnet8", "resnet20", "resnet110"]
-    assert [row["train_size"] for row in rows if row["train_size"]] == [500, 1000]
-    assert [row["weight_decay"] for row in rows if row["weight_decay"] != 5e-4] == [0.00001, 0.0001, 0.001]
-
-
 def test_csv_and_json_hold_all_that_is_known_of_a_row(tmp_path, capsys):
     for seed, best in enumerate((75.0, 76.0, 78.5)):
         write_student(tmp_path, PAIR, best, best - 1, seed)
@@ -280,24 +258,6 @@ def test_one_teacher_for_all_seeds_is_shown_apart_from_a_teacher_for_each(tmp_pa
     own, shared = as_json(capsys, tmp_path)
     assert (own["one_teacher"], own["best_mean"]) == ("", pytest.approx((70 + 80 + 80) / 3))
     assert (shared["one_teacher"], shared["best_mean"], shared["seeds"]) == ("vgg13-0", 71, [0, 1, 2])
-
-
-def test_students_of_different_teachers_of_one_name_are_not_averaged_or_paired(tmp_path, capsys):
-    for seed in (0, 1, 2):
-        write_student(tmp_path, PAIR, 70 + seed, 69, seed)
-        write_student(tmp_path, PAIR, 65, 65, seed, **PLAIN, teacher=None if seed else "another")
-    write_student(tmp_path, PAIR, 50, 49, teacher="another")
-    table.main([str(tmp_path), "--json", "--against", "KD, 4 views"])
-    printed = capsys.readouterr()
-    (warning,) = printed.err.splitlines()
-    assert "teacher_vgg13_seed0" in warning
-    sskd = {row["one_teacher"]: row for row in json.loads(printed.out) if row["method"] == "SSKD"}
-    assert {one: (row["best_mean"], row["seeds"]) for one, row in sskd.items()} == {
-        **{"": (71.5, [1, 2]), "another": (50, [0]), "vgg13-0": (70, [0])},
-    }
-    assert {one: (row["pairs"], row["best_difference"]) for one, row in sskd.items()} == {
-        **{"": (2, 6.5), "another": (1, -15), "vgg13-0": (0, None)},
-    }
 
 
 def test_the_result_knows_the_network_of_a_teacher_in_a_renamed_folder(tmp_path, capsys):
@@ -414,67 +374,31 @@ def test_recording_again_replaces_the_lines_of_the_runs_found_and_keeps_all_othe
     assert reached == {(0, 240, 60), (1, 3, 61), (2, 240, 62)}
 
 
-def test_what_cannot_be_recorded_ends_in_one_line_and_leaves_the_file_as_it_was(tmp_path, capsys):
-    file, folder = tmp_path / "study.jsonl", tmp_path / "runs"
-    folder.mkdir()
-    assert "no finished run" in refused(capsys, "--record", file, folder)
-    assert not file.exists()
-    write_network(folder, "vgg13", 70, 69)
-    file.write_text('{"run": "half a line"')
-    assert f"{file}:1" in refused(capsys, "--record", file, folder)
-    assert file.read_text() == '{"run": "half a line"'
-    assert "no-such-folder" in refused(capsys, "--record", tmp_path / "no-such-folder" / "a.jsonl", folder)
-    assert "table.txt" in refused(capsys, "--record", tmp_path / "table.txt", folder)
-
-
 # ---------------------------------------------------------------------------------------------------- what is not there
 
 
-def test_what_is_not_there_is_reported_in_one_line(tmp_path, capsys):
+def test_what_is_not_there_is_reported_in_one_line(tmp_path, fails):
     write_student(tmp_path, PAIR, 50, 50, dataset="synthetic")
-    line = refused(capsys, tmp_path)
+    line = fails(table.main, tmp_path)
     assert "no finished run on cifar100" in line and "synthetic" in line
-    line = refused(capsys, tmp_path, "--dataset", "synthetic", "--against", "CRD")
-    assert "--against CRD" in line and "there are SSKD" in line
-    assert "invalid choice: 'epochs'" in refused(capsys, tmp_path, "--by", "epochs")
-    assert "nowhere" in refused(capsys, tmp_path / "nowhere")
+    assert "there are SSKD" in fails(table.main, tmp_path, "--dataset", "synthetic", "--against", "CRD")
+    assert "nowhere" in fails(table.main, tmp_path / "nowhere")
+    assert "table.txt" in fails(table.main, "--record", tmp_path / "table.txt", tmp_path)
 
 
-WHOLE = {"run": "teacher_vgg13_seed1", "flags": COMMON | {"arch": "vgg13", "seed": 1}}
-WHOLE |= {"result": {"best_acc": 50, "last_acc": 49}}
-STUDENT = {name: value for name, value in (COMMON | SSKD | {"s_arch": "vgg8"}).items() if name != "ss_weight"}
-DAMAGED = {
-    "half a line": json.dumps(WHOLE)[:100],
-    "no flags": json.dumps(WHOLE | {"flags": None}),
-    "no data set": json.dumps(WHOLE | {"flags": {"arch": "vgg13", "seed": 1}}),
-    "an unknown method": json.dumps(WHOLE | {"flags": COMMON | KD | {"s_arch": "vgg8", "method": "mine"}}),
-    "a student without a weight": json.dumps(WHOLE | {"flags": STUDENT}),
-    "no accuracy": json.dumps(WHOLE | {"result": {"best_acc": None, "last_acc": 49}}),
-    "NaN": json.dumps(WHOLE | {"result": {"best_acc": 50, "last_acc": float("nan")}}),
-    "a share instead of percent": json.dumps(WHOLE | {"result": {"best_acc": 5000, "last_acc": 49}}),
-}
-
-
-@pytest.mark.parametrize("line", DAMAGED.values(), ids=DAMAGED)
-def test_a_damaged_line_is_named_and_left_out(line, tmp_path, capsys):
-    good = json.dumps(WHOLE | {"flags": WHOLE["flags"] | {"seed": 0}, "result": {"best_acc": 70, "last_acc": 69}})
-    file = tmp_path / "study.jsonl"
-    file.write_text(f"{good}\n\n{line}\n")
-    table.main([str(file), "--json"])
-    printed = capsys.readouterr()
-    (error,) = printed.err.splitlines()
-    assert f"{file}:3 left out: " in error
-    assert [row["best_mean"] for row in json.loads(printed.out)] == [70]
-
-
-def test_a_damaged_run_folder_is_named_and_left_out(tmp_path, capsys):
-    write_network(tmp_path, "vgg13", 70, 69)
+def test_a_damaged_run_is_named_and_left_out(tmp_path, capsys):
+    good = {"run": "teacher_vgg13_seed0", "flags": COMMON | {"arch": "vgg13"}}
+    good |= {"result": {"best_acc": 70, "last_acc": 69}}
+    bad = [{"flags": None}, {"flags": COMMON | KD | {"s_arch": "vgg8", "method": "mine"}}, {"result": {}}]
+    lines = [json.dumps(good | more) for more in ({}, *bad)]
+    (tmp_path / "study.jsonl").write_text("\n".join([*lines, lines[0][:100]]))
     (write_network(tmp_path / "a", "vgg8", 50, 49) / "config.json").write_text('{"fl')
-    (write_network(tmp_path / "b", "vgg8", 50, 49) / "result.json").write_text("{}")
-    (write_network(tmp_path / "c", "vgg8", 50, 49) / "config.json").unlink()
+    (write_network(tmp_path / "b", "vgg8", 50, 49) / "config.json").unlink()
     (write_network(tmp_path / "running", "vgg8", 50, 49) / "result.json").unlink()  # a run in progress: no line
-    table.main([str(tmp_path), "--json"])
+    table.main([str(tmp_path / "study.jsonl"), str(tmp_path), "--json"])
     printed = capsys.readouterr()
-    for name, line in zip("abc", printed.err.splitlines(), strict=True):
-        assert f"{tmp_path / name / 'teacher_vgg8_seed0'} left out: " in line
+    places = [f"{tmp_path}/study.jsonl:{number}" for number in (2, 3, 4, 5)]
+    places += [str(tmp_path / name / "teacher_vgg8_seed0") for name in "ab"]
+    for place, line in zip(places, printed.err.splitlines(), strict=True):
+        assert f"{place} left out: " in line
     assert [row["best_mean"] for row in json.loads(printed.out)] == [70]
