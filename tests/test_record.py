@@ -24,7 +24,7 @@ import cifar
 import student
 import teacher
 import utils
-from harness import record
+from harness import files, record
 from harness.flags import Fault, UserError
 
 TEACHER = ["--arch", "resnet8", *TINY]
@@ -196,7 +196,7 @@ def test_what_is_kept_does_not_change_with_the_network():
 def test_a_file_system_without_locks_is_no_obstacle(number, short, tmp_path, monkeypatch):
     flags, folder = short
     monkeypatch.setattr(fcntl, "flock", refusal(number))
-    with record.alone(tmp_path / ".lock", "waiting"):
+    with files.alone(tmp_path / ".lock", "waiting"):
         teacher.main(flags)
     assert (folder / "result.json").exists()
 
@@ -483,7 +483,7 @@ def test_a_logged_value_that_is_not_finite_is_null(tmp_path):
     run.start(torch.device("cpu"))
     for epoch in run.epochs("teacher", 1):
         run.log(epoch, 4, train={"ss_loss": math.nan, "cls_loss": 1.0}, val={"cls_acc_top5": None})
-    assert run.lines("teacher") == [{"train/ss_loss": None, "train/cls_loss": 1.0}]
+    assert run.lines("teacher") == [{"phase": "teacher", "epoch": 1, "train/ss_loss": None, "train/cls_loss": 1.0}]
     (line,) = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
     assert json.loads(line) == {"phase": "teacher", "epoch": 1, "train/ss_loss": None, "train/cls_loss": 1.0}
 
