@@ -229,7 +229,7 @@ class Data(NamedTuple):
     train: Images
     val: Images  # the best epoch is chosen on these: the held-out images of --val-fraction, else the test images
     test: Images
-    about: dict  # what a checkpoint says of its data: `Source.about`, and as `tested` the number of `val` images
+    about: dict  # what a checkpoint says of its data: `Source.about`, and `tested`, the number of `val` images
 
 
 def load(source: Source, args: Namespace, device: torch.device | str) -> Data:

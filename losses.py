@@ -20,7 +20,7 @@ VIEWS = 4
 
 
 class SSKDTerms(NamedTuple):
-    """The terms of eq. 8 without their weights λ, in the order of the flags; each a scalar, in nats."""
+    """The terms of eq. 8 without their weights λ, in the order λ1, λ2, λ4, λ3; each a scalar, in nats."""
 
     ce: Tensor
     kd: Tensor
@@ -43,8 +43,8 @@ def split_views(x: Tensor) -> tuple[Tensor, Tensor]:
 def similarity_matrix(embedding: Tensor) -> Tensor:
     """Cosine similarity of every rotated view with every normal view (section 3.1, the matrix A).
 
-    (4B, D) → (3B, B) in [-1, 1]. One matrix product, not the 3B × D × B tensor of all pairs; the lengths are divided
-    out of the product, not of the wider embeddings.
+    (4B, D) → (3B, B) in [-1, 1]. One matrix product, not the 3B × D × B tensor of all pairs. It is divided by the
+    lengths afterwards, which is cheaper than normalising the wider embeddings.
     """
     embedding = at_least_float32(embedding)
     normal, rotated = split_views(embedding)

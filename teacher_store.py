@@ -129,8 +129,8 @@ class SSHeadFile:
             with restoring(self.path):
                 if saved["key"] != self.key:
                     raise ValueError
-                head.load_state_dict(saved["state_dict"])
                 lines = list(saved["lines"])
+                head.load_state_dict(saved["state_dict"])
         except UserError:
             print(f"SS head: {self.path} is damaged or belongs to something else, so it is trained again", flush=True)
             return []
@@ -177,7 +177,9 @@ class Features:
     def __init__(self, images: Images, backbone: nn.Module, autocast: Callable, key: str, folder: Path | None):
         self.images, self.backbone, self.autocast = images, backbone, autocast
         self.width, self.windows = classifier(backbone).in_features, len(images.windows[1])
-        self.batch = 1024 if images.device.type == "cuda" else 64  # a static shape: a view's bits depend on no other
+        self.batch = (
+            1024 if images.device.type == "cuda" else 64
+        )  # padded to one shape: a view's bits depend on no other
         generator = torch.Generator().manual_seed(int(key[:15], 16))
         factors = torch.randint(-(2**63), 2**63 - 1, (self.width + 1,), generator=generator)
         self.factors = factors.to(images.device) | 1

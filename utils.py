@@ -110,6 +110,8 @@ class SGD:
         decay = {"momentum": args.momentum, "weight_decay": args.weight_decay}
         # fused: one kernel updates all parameters, and skips an overflowed step without waiting for the host
         self.optimizer = torch.optim.SGD(parameters, lr=lr, fused=True, **decay)
+        if args.momentum:  # else an overflow in the first step leaves the momentum uninitialised
+            self.optimizer.state.update({p: {"momentum_buffer": torch.zeros_like(p)} for p in parameters})
         self.scheduler = torch.optim.lr_scheduler.MultiStepLR(self.optimizer, milestones, args.gamma)
         # only float16 needs scaled gradients; a disabled scaler changes nothing
         self.scaler = torch.amp.GradScaler(parameters[0].device.type, enabled=args.amp == "fp16")
@@ -147,7 +149,7 @@ def accuracy(scores: Tensor, target: Tensor, k: int = 1) -> Tensor:
 
 
 class Meter:
-    """Means of scalars over an epoch, kept on the device so that adding never waits for it.
+    """Means of scalars over an epoch, kept on the device so that adding does not wait for it, except to fill the bar.
 
     It also remembers the first step at which each scalar was not finite, and shows a progress bar on a terminal: images
     per second, the time left and, every 20 steps, the means.
@@ -271,7 +273,7 @@ def show(run: Run, epoch: int, teacher: nn.Module, student: nn.Module, data: Any
     run.show(epoch, "views", views_image(data.train.brightness(views), VIEWS))
     images = next(data.val.test_batches(VIEWS)).x
     with autocast():
-        matrices = (similarity_matrix(network(images).embedding) for network in (teacher, student))
+        matrices = [similarity_matrix(network(images).embedding) for network in (teacher, student)]
     run.show(epoch, "similarity/teacher_and_student", similarity_image(*matrices))
 
 

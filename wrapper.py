@@ -77,9 +77,9 @@ class _Answer(nn.Module):
 def frozen(backbone: nn.Module, maps: bool = True, preact: bool = False) -> nn.Module:
     """A copy of a backbone for fast inference: images → (features, logits), equal up to rounding.
 
-    A batch norm that follows a convolution becomes part of it, unless the convolution's output is read elsewhere, for
-    example as a feature: so without `maps` more of them can be folded. A backbone that torch.fx can't trace stays as it
-    is, and a line says so.
+    A batch norm that follows a convolution becomes part of it, but not if the convolution's output is also a returned
+    feature; without `maps` fewer are returned, so more are folded. A backbone that torch.fx can't trace stays as it is,
+    and a line says so.
     """
     network = _Answer(backbone, maps, preact).eval()
     try:

@@ -69,6 +69,8 @@ def restoring(path: Path) -> Iterator[None]:
     """Around the use of a file that `save` wrote: turns whatever does not fit into a UserError that names the file."""
     try:
         yield
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
     except Exception as error:  # zipfile, pickle, torch and missing keys each raise their own

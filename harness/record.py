@@ -125,8 +125,8 @@ class Run:
             return None, read_state(last)
         if found := [*self.folder.glob("*.pth"), *self.ckpt.glob("*.pth")]:
             raise UserError(
-                f"{self.folder} holds {found[0].relative_to(self.folder)}, but no ckpt/last.pth of a run to continue: "
-                "put that back, or move the folder away"
+                f"{self.folder} holds {found[0].relative_to(self.folder)}, but not both config.json and ckpt/last.pth, "
+                "from which a run continues: put them back, or move the folder away"
             )
         return None, None
 
@@ -194,11 +194,13 @@ class Run:
         """The epochs of a phase that are still to do: 1 to `epochs`, or what a stopped run has left of them.
 
         Each of the `parts` (a model, an SGD: whatever has a state dict) is restored before the first of these epochs
-        and saved after each. A complete phase yields nothing and restores the parts that it shares with later ones.
+        and saved after each. A complete phase yields nothing; of its parts those are restored that the running phase
+        saves, too (for example the teacher's SS head).
         """
+        saved = self.state["parts"]
         with restoring(self.ckpt / "last.pth"):
-            for name in parts.keys() & self.state["parts"].keys():
-                parts[name].load_state_dict(self.state["parts"][name])
+            for name in parts if self.state["phase"] == phase else parts.keys() & saved.keys():
+                parts[name].load_state_dict(saved[name])
         if phase in self.state["done"]:
             return
         self.phase, self.total = phase, epochs
@@ -222,7 +224,7 @@ class Run:
         self.unwritten = []
 
     def keep(self, name: str, checkpoint: Mapping) -> None:
-        """Writes `checkpoint` to ckpt/`name` at the end of this epoch."""
+        """Queues `checkpoint`: it is written to ckpt/`name` at the end of the next epoch to finish."""
         self.state["files"][name] = plain(checkpoint, torch.contiguous_format)
         self.unwritten.append(name)
 

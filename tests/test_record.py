@@ -409,7 +409,7 @@ def test_checkpoints_that_no_run_can_continue_are_left_alone(name, short, fails)
     flags, folder = short
     (folder / name).parent.mkdir(parents=True)
     (folder / name).write_bytes(b"downloaded")
-    assert f"holds {name}, but no ckpt/last.pth of a run to continue" in fails(teacher.main, *flags)
+    assert f"holds {name}, but not both config.json and ckpt/last.pth" in fails(teacher.main, *flags)
     assert [path for path in folder.rglob("*") if path.is_file()] == [folder / name]
     assert (folder / name).read_bytes() == b"downloaded"
 
