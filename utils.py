@@ -211,13 +211,12 @@ class Test(NamedTuple):
 
 
 @torch.inference_mode()
-def evaluate(model: Callable[[Tensor], Tensor], images: Any, autocast: Callable, label: str = "test") -> Test:
-    """Tests `model`, images → logits, on the normal views of a split; a module stays in eval mode.
+def evaluate(model: nn.Module, images: Any, autocast: Callable, label: str = "test") -> Test:
+    """Tests `model`, images → logits, on the normal views of a split; leaves it in eval mode.
 
     `label` names the test in the error if the loss is not finite.
     """
-    if isinstance(model, nn.Module):
-        model.eval()
+    model.eval()
     meter = Meter(label)
     for batch in images.test_batches(views=1):
         with autocast():

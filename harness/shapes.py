@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-SIDE = 32
+SIDE = 32  # of the images of every named data set
 
 
 def synthetic(train: bool, size: int | None = None) -> tuple[Tensor, Tensor]:

@@ -29,10 +29,9 @@ from tqdm import tqdm
 
 from harness.files import alone
 from harness.flags import DATASETS, UserError, silent, warn
-from harness.shapes import synthetic
+from harness.shapes import SIDE, synthetic
 
 SUFFIXES = tv.folder.IMG_EXTENSIONS
-SIDE = 32  # of the named data sets
 
 # mean and standard deviation of each channel, in [0, 1]
 STATISTICS = {
