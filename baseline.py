@@ -148,6 +148,8 @@ def make_method(args: Namespace, networks: Networks, images: cifar.Images, t_arc
     x = torch.zeros(2, 3, images.side, images.side, device=images.device)
     method = METHODS[args.method](networks.of_student(x), networks.of_teacher(x), images.labels)
     method.choose_pair(t_arch, args.s_arch)
+    if method.first_phase:
+        method.first_modules(networks.student)  # an error should come before the run begins
     if args.first_epoch is not None:
         method.first_epochs = args.first_epoch
     return method.to(images.device, memory_format=torch.channels_last)
@@ -222,7 +224,7 @@ def make_loss(args: Namespace, networks: Networks, method: Method) -> Callable:
             "kd": kd_loss(student.logits, teacher.logits, args.kd_T),
         }
         loss = sum(weights[name] * term for name, term in terms.items() if weights[name])
-        logged = {f"{name}_loss": term for name, term in terms.items()}
+        logged = {f"{name}_loss": term.detach() for name, term in terms.items()}
         return loss, logged | {"cls_acc": utils.accuracy(student.logits, batch.target)}
 
     return loss_of

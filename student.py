@@ -225,7 +225,7 @@ def make_loss(args: Namespace, teacher: Wrapper, student: Wrapper, autocast: Cal
         terms = sskd_terms(s.logits, t.logits, s.embedding, t.embedding, batch.target, **settings)
         loss = sum(weight * term for weight, term in zip(weights, terms, strict=True) if weight)
         with torch.no_grad():
-            logged = {f"{name}_loss": term for name, term in terms._asdict().items()}
+            logged = {f"{name}_loss": term.detach() for name, term in terms._asdict().items()}
             similarity = similarity_matrix(s.embedding)
             logged["cls_acc"] = utils.accuracy(split_views(s.logits)[0], batch.target)
             logged["ss_acc"] = utils.accuracy(similarity, positives(similarity))

@@ -4,7 +4,7 @@ import copy
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.fx.experimental import optimization
 
 from harness.flags import UserError
@@ -74,19 +74,30 @@ class _Answer(nn.Module):
         return features[self.first :], logits
 
 
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+        """Also keeps a linear layer of a class of one's own as a module, so that `classifier` finds it."""
+        return isinstance(module, nn.Linear) or super().is_leaf_module(module, name)
+
+
 def frozen(backbone: nn.Module, maps: bool = True, preact: bool = False) -> nn.Module:
     """A copy of a backbone for fast inference: images → (features, logits), equal up to rounding.
 
     A batch norm that follows a convolution becomes part of it, but not if the convolution's output is also a returned
-    feature; without `maps` fewer are returned, so more are folded. A backbone that torch.fx can't trace stays as it is,
-    and a line says so.
+    feature; without `maps` fewer are returned, so more are folded. A backbone that torch.fx can't trace, or that uses a
+    layer twice, stays as it is, and a line says so.
     """
     network = _Answer(backbone, maps, preact).eval()
     try:
-        network = optimization.fuse(network)
+        traced = fx.GraphModule(network, _Tracer().trace(network))
+        layers = [traced.get_submodule(node.target) for node in traced.graph.nodes if node.op == "call_module"]
+        layers = [layer for layer in layers if isinstance(layer, nn.Conv2d | nn.BatchNorm2d)]
+        if len(set(layers)) < len(layers):
+            raise ValueError("it uses a layer twice")
+        network = optimization.fuse(traced, no_trace=True)
     except Exception as error:  # the network's own code meets a symbol in place of a tensor
         reason = " ".join(str(error).split()) or type(error).__name__
-        print(f"frozen teacher: keeps its batch norms, because torch.fx can't trace it ({reason:.100})", flush=True)
+        print(f"frozen teacher: its batch norms can't be folded into its convolutions ({reason:.100})", flush=True)
         network = copy.deepcopy(network)
     return network.requires_grad_(False)
 

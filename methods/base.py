@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from harness.flags import UserError
 from losses import at_least_float32
 
 
@@ -33,6 +34,7 @@ class Method(nn.Module):
     ce_weight = 0.1  # published weight of the cross-entropy beside it (SSKD's tables; CRD's tables use 1)
     kd_weight = 0.9  # published weight of kd beside it (SSKD's tables; CRD's tables use 0)
     maps = True  # False: of the teacher, the method needs only the last feature and the logits
+    least_features = 3  # with maps: the fewest features of a network (here: stem, one stage, pooled vector)
     preact = False  # True: the method needs the features of both networks before their ReLU, in both phases
     first_phase = False  # True: a first phase comes before the main phase, with `first_loss`
     first_epochs = 0  # length of the first phase, or of DKD's warm-up; the script may set it
@@ -40,6 +42,12 @@ class Method(nn.Module):
 
     def __init__(self, student: Outputs, teacher: Outputs, labels: Tensor):
         super().__init__()
+        for whose, outputs in (("student", student), ("teacher", teacher)):
+            if self.maps and (found := len(outputs.features)) < self.least_features:
+                raise UserError(
+                    f"{self.label} compares feature maps: with is_feat=True the {whose} returns {found} features, and "
+                    f"it needs {self.least_features} (maps first, last the pooled vector); choose another method"
+                )
 
     def forward(self, student: Outputs, teacher: Outputs, target: Tensor, rows: Tensor) -> Tensor:
         """The unweighted term of a batch, a scalar; `target` (B,): labels, `rows` (B,): places in the training set."""
@@ -71,12 +79,12 @@ class Method(nn.Module):
 def set_phase(method: Method, network: nn.Module, first: bool = False) -> nn.ModuleList:
     """Prepares the method and the student network for the first or the main phase; returns the modules that train.
 
-    What trains goes to train mode, everything else to eval mode. In the main phase the whole student network trains.
+    What trains goes to train mode, everything else to eval mode and without gradients. In the main phase the whole
+    student network trains.
     """
-    modules = method.first_modules(network) if first else [network, *method.main_modules()]
-    network.eval()
-    method.eval()
-    return nn.ModuleList(modules).train()
+    modules = nn.ModuleList(method.first_modules(network) if first else [network, *method.main_modules()])
+    nn.ModuleList([network, method]).eval().requires_grad_(False)
+    return modules.train().requires_grad_(True)
 
 
 def feature_pair(student: Outputs, teacher: Outputs, index: int) -> tuple[Tensor, Tensor]:

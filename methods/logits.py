@@ -46,6 +46,7 @@ class DKD(Method):
     beta = 8.0
     betas = {
         ("resnet56", "resnet20"): 2.0,
+        ("resnet110", "resnet32"): 2.0,
         ("vgg13", "vgg8"): 6.0,
         ("vgg13", "MobileNetV2"): 6.0,
         ("wrn_40_2", "wrn_16_2"): 6.0,

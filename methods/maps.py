@@ -59,6 +59,7 @@ class FitNet(Method):
 
     label = "FitNet"
     weight = 100.0
+    least_features = 4
     hint_layer = 2
 
     def __init__(self, student: Outputs, teacher: Outputs, labels: Tensor):

@@ -25,6 +25,7 @@ class AB(Method):
 
     Raises:
         UserError: the networks have different numbers of maps, or a student's map is smaller, but not by half.
+            `first_modules`: the student's stages can't be told by their names.
     """
 
     label = "AB"
@@ -55,8 +56,11 @@ class AB(Method):
 
     def first_modules(self, network: nn.Module) -> list[nn.Module]:
         children = dict(network.named_children())  # every network of models/ lists them in the order of its forward
-        last_stage = max(i for i, name in enumerate(children) if name.startswith(("layer", "block")))
-        return [self.connectors, *list(children.values())[: last_stage + 1]]
+        stages = [i for i, name in enumerate(children) if name.startswith(("layer", "block"))]
+        if not stages:
+            parts = ", ".join(children)
+            raise UserError(f"ab trains the stages first: name them layer… or block… in the student (it has {parts})")
+        return [self.connectors, *list(children.values())[: stages[-1] + 1]]
 
     def main_modules(self) -> list[nn.Module]:
         return []
@@ -102,6 +106,7 @@ class FT(Method):
     """
 
     label = "FT"
+    least_features = 2
     weight = 200.0
     first_phase = True
     first_epochs = 30

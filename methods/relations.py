@@ -14,6 +14,7 @@ class SP(Method):
     """
 
     label = "SP"
+    least_features = 2
     weight = 3000.0
 
     def forward(self, student: Outputs, teacher: Outputs, target: Tensor, rows: Tensor) -> Tensor:

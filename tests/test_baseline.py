@@ -292,12 +292,28 @@ def test_the_loss_is_the_weighted_sum_of_its_terms(method, weight):
     assert loss.item() == pytest.approx((0.3 * ce + 0.6 * kd + float(weight) * own).item(), rel=1e-4)
 
 
-def test_a_term_of_weight_0_may_be_anything(monkeypatch):
-    args, networks, made, batch = step_of("sp", "--weight", "0")
-    monkeypatch.setattr(type(made), "forward", lambda self, *_: torch.tensor(torch.nan))
-    loss, logged = baseline.make_loss(args, networks, made)(batch)
-    assert loss.isfinite()
-    assert logged["sp_loss"].isnan()
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_term_of_weight_0_may_be_anything(compiled, monkeypatch):
+    args, networks, made, batch = step_of("fitnet", "--weight", "0")
+    monkeypatch.setattr(type(made), "forward", lambda self, s, *_: (self.regressor(s.features[2]) * torch.nan).sum())
+    loss_of = baseline.make_loss(args, networks, made)
+    loss, logged = (torch.compile(loss_of, backend="aot_eager") if compiled else loss_of)(batch)
+    loss.backward()
+    assert loss.isfinite() and logged["fitnet_loss"].isnan()
+    assert all(parameter.grad.isfinite().all() for parameter in networks.student.parameters())
+    assert made.regressor.conv.weight.grad is None
+
+
+@pytest.mark.parametrize("method, first", [*((name, False) for name in METHODS), ("ab", True), ("ft", True)])
+def test_only_what_the_optimizer_trains_has_a_gradient(method, first):
+    """Of wrn, AB reads the maps through the next batch norm, which does not train in its first phase."""
+    args, networks, made, batch = step_of(method, t_arch="wrn_16_1", s_arch="wrn_16_1")
+    trained = {id(p) for p in methods.set_phase(made, networks.student, first).parameters()}
+    loss_of = baseline.make_first_loss(networks, made) if first else baseline.make_loss(args, networks, made)
+    loss_of(batch)[0].backward()
+    everything = [*networks.student.parameters(), *networks.teacher.parameters(), *made.parameters()]
+    having = {id(parameter) for parameter in everything if parameter.grad is not None}
+    assert having and having <= trained
 
 
 @pytest.mark.parametrize("method", VECTORS)
@@ -335,7 +351,10 @@ def test_the_loss_with_both_networks_compiles_to_one_graph(method, first):
 
 def test_dkds_beta_is_that_of_the_pair():
     assert step_of("dkd", t_arch="wrn_40_2", s_arch="wrn_16_2")[2].beta == 6
-    assert step_of("dkd")[2].beta == 8
+    method = step_of("dkd")[2]
+    assert method.beta == 8
+    method.choose_pair("resnet110", "resnet32")
+    assert method.beta == 2
 
 
 @pytest.mark.slow

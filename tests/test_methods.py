@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from oracle import COMPARED, LATER, fill_rounded, labels, rounded
 from torch import nn
 
+from harness.flags import UserError
 from methods import METHODS, Outputs, crd, kd_loss, maps, phases, set_phase
 from models import model_dict
 
@@ -514,6 +515,24 @@ def test_every_pair_has_the_published_sizes_of_adapters_and_beta(pair):
     dkd.choose_pair(*pair)
     parts = (fitnet, vid, ab, ft.paraphraser, ft.translator, contrast.embed_s, contrast.embed_t)
     assert (*(sum(p.numel() for p in part.parameters()) for part in parts), dkd.beta) == OF_PAIR[pair]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_needs_the_features_that_it_compares(name, batch):
+    """A network of one's own may return fewer: here the pooled vector, or one map with it."""
+    for count in (1, 2):
+        few = Outputs(batch.student.features[-count:], batch.student.logits)
+        short = SimpleNamespace(student=few, teacher=few, labels=batch.labels, target=batch.target, rows=batch.rows)
+        if not METHODS[name].maps or (count == 2 and name in ("sp", "ft")):
+            assert term(build(name, short), short).isfinite()
+        else:
+            with pytest.raises(UserError, match=f"returns {count} features, and it needs [2-4]"):
+                build(name, short)
+
+
+def test_ab_refuses_a_student_whose_stages_have_other_names(batch):
+    with pytest.raises(UserError, match=r"name them layer… or block… in the student \(it has body, head\)"):
+        build("ab", batch).first_modules(nn.ModuleDict({"body": nn.Identity(), "head": nn.Identity()}))
 
 
 def test_methods_have_the_published_weights_and_lengths():

@@ -83,7 +83,8 @@ def test_both_training_steps_follow_the_published_trajectories():
         assert loss.item() == pytest.approx(total, rel=1e-6)
 
 
-def test_each_term_has_its_own_weight_and_one_of_weight_0_is_only_logged():
+@pytest.mark.parametrize("compiled", [False, True])
+def test_each_term_has_its_own_weight_and_one_of_weight_0_is_only_logged(compiled):
     """Even if that term is not finite."""
     fixed, network = (Wrapper(model_dict["resnet8"]()).eval() for _ in range(2))
     x = torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -96,7 +97,8 @@ def test_each_term_has_its_own_weight_and_one_of_weight_0_is_only_logged():
         assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
     with torch.no_grad():
         network.proj_head[2].bias.fill_(torch.nan)
-    loss, logged = student.make_loss(args_of("--ss-weight", "0"), fixed, network, FULL)(batch)
+    loss_of = student.make_loss(args_of("--ss-weight", "0"), fixed, network, FULL)
+    loss, logged = (torch.compile(loss_of, backend="aot_eager") if compiled else loss_of)(batch)
     loss.backward()
     assert loss.isfinite() and logged["ss_loss"].isnan()
     assert all(parameter.grad.isfinite().all() for parameter in network.backbone.parameters())

@@ -7,7 +7,7 @@ from torch import nn
 
 import models
 from harness.flags import UserError
-from wrapper import Wrapper, check_network, frozen
+from wrapper import Wrapper, check_network, classifier, frozen
 
 ONE_A_FAMILY = ("resnet8", "ResNet50", "wrn_16_2", "vgg8", "MobileNetV2", "ShuffleV1", "ShuffleV2")
 
@@ -86,19 +86,25 @@ def test_a_frozen_teachers_unfolded_state_is_that_of_the_plain_network_with_its_
     assert all(torch.equal(again, first) for again, first in zip(from_feature, answer, strict=True))
 
 
+class OwnLinear(nn.Linear):
+    pass
+
+
 class Small(nn.Module):
     """(N, 3, any, any) → 7 classes, as a network of the zoo; `lacking` says in what not."""
 
     def __init__(self, lacking=None):
         super().__init__()
         self.body = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-        self.fc, self.lacking = nn.Linear(5, 7), lacking
+        self.fc, self.lacking = (OwnLinear if lacking == "own linear" else nn.Linear)(5, 7), lacking
 
     def forward(self, x, is_feat=False, **preact):
         if self.lacking == "preact" and preact:
             raise TypeError("unexpected keyword argument 'preact'")
         if self.lacking == "trace" and x.mean() > 10:
             raise ValueError
+        if self.lacking == "twice":
+            x = self.body[0](x.mean(1, keepdim=True).expand_as(x) / 2).mean(1, keepdim=True).expand(-1, 3, -1, -1)
         feature = self.body(x)
         logits = self.fc(feature * 2 if self.lacking == "feature" else feature)
         return ([x if self.lacking == "last" else feature], logits) if is_feat else logits
@@ -129,10 +135,16 @@ def test_a_network_of_the_zoo_passes_and_stays_as_it_is(arch, capsys):
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
 
 
-def test_a_teacher_that_cannot_be_traced_is_used_unfolded_with_a_line(capsys):
-    network = fill(Small("trace"))
+def test_a_linear_layer_of_ones_own_class_is_a_classifier():
+    teacher = Wrapper(frozen(fill(Small("own linear")), maps=False))
+    assert isinstance(classifier(teacher.backbone), OwnLinear)
+
+
+@pytest.mark.parametrize("lacking", ["trace", "twice"])
+def test_a_teacher_that_cannot_be_traced_or_folded_is_used_unfolded_with_a_line(lacking, capsys):
+    network = fill(Small(lacking))
     check_network(network, "mine", 7, 32)
-    assert capsys.readouterr().out.startswith("frozen teacher: keeps its batch norms, because torch.fx can't trace it")
+    assert capsys.readouterr().out.startswith("frozen teacher: its batch norms can't be folded")
     unfolded = frozen(network)
     assert not any(parameter.requires_grad for parameter in unfolded.parameters())
     assert all(parameter.requires_grad for parameter in network.parameters())
