@@ -24,12 +24,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from cifar import Batch, Data, Images
 from harness import checkpoint
 from harness.files import alone, digest, read_state, restoring, save
-from harness.flags import Fault, UserError, silent, warn
+from harness.flags import Fault, UserError, warn
+from harness.progress import Progress
 from harness.record import refuse_unfinished
 from utils import evaluate, precision
 from wrapper import classifier
@@ -177,9 +177,7 @@ class Features:
     def __init__(self, images: Images, backbone: nn.Module, autocast: Callable, key: str, folder: Path | None):
         self.images, self.backbone, self.autocast = images, backbone, autocast
         self.width, self.windows = classifier(backbone).in_features, len(images.windows[1])
-        self.batch = (
-            1024 if images.device.type == "cuda" else 64
-        )  # padded to one shape: a view's bits depend on no other
+        self.batch = 1024 if images.device.type == "cuda" else 64  # always this shape, so that no bit depends on it
         generator = torch.Generator().manual_seed(int(key[:15], 16))
         factors = torch.randint(-(2**63), 2**63 - 1, (self.width + 1,), generator=generator)
         self.factors = factors.to(images.device) | 1
@@ -213,13 +211,13 @@ class Features:
         rows, flat = rows.repeat_interleave(window.shape[1]), window.flatten()
         words = self.read(places)  # N·V x (width + 4)
         unknown = (words[:, self.width :] != self.checksum(words, places)).any(1).nonzero().squeeze(1)
-        with tqdm(total=len(unknown), desc="new features", unit=" views", leave=False, disable=silent()) as bar:
+        with Progress(len(unknown), "new features", "views") as progress:
             for i in range(0, len(unknown), self.batch):
                 some = unknown[i : i + self.batch]
                 words[some, : self.width] = self.compute(rows[some], flat[some])
                 words[some, self.width :] = self.checksum(words[some], places[some])
                 self.write(places[some], words[some])
-                bar.update(len(some))
+                progress.add(len(some))
         return words[:, : self.width].view(torch.float16).unflatten(0, window.shape)
 
     def compute(self, rows: Tensor, window: Tensor) -> Tensor:

@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.utils import make_grid
-from tqdm import tqdm
 
-from harness.flags import Fault, UserError, silent, warn
+from harness.flags import Fault, UserError, warn
+from harness.progress import Progress
 from harness.record import Run, device_name
 from losses import VIEWS, similarity_matrix
 
@@ -149,14 +149,13 @@ def accuracy(scores: Tensor, target: Tensor, k: int = 1) -> Tensor:
 
 
 class Meter:
-    """Means of scalars over an epoch, kept on the device so that adding does not wait for it, except to fill the bar.
+    """Means of scalars over an epoch, kept on the device so that adding does not wait for it, except to show them.
 
-    It also remembers the first step at which each scalar was not finite, and shows a progress bar on a terminal: images
-    per second, the time left and, every 20 steps, the means.
+    It also remembers the first step at which each scalar was not finite, and shows the progress of the epoch.
 
     Args:
-        label: the epoch, for the bar and for errors.
-        images: how many images the epoch has; None for no bar.
+        label: the epoch, for the progress and for errors.
+        images: how many images the epoch has; None to show nothing.
     """
 
     def __init__(self, label: str, images: int | None = None):
@@ -165,8 +164,7 @@ class Meter:
         self.rows = self.steps = 0
         self.total: Tensor | int = 0
         self.finite_steps: Tensor | int = 0  # steps before the first that was not finite
-        hidden = True if images is None else silent()
-        self.bar = tqdm(total=images, desc=label, unit=" images", leave=False, dynamic_ncols=True, disable=hidden)
+        self.progress = None if images is None else Progress(images, label, "images")
 
     def add(self, rows: int, loss: Tensor, values: Mapping[str, Tensor]) -> None:
         """Adds scalars that are means over `rows` images, and the loss that they are parts of."""
@@ -176,30 +174,29 @@ class Meter:
         self.finite_steps = self.finite_steps + torch.isfinite(self.total)  # a total that went bad stays bad
         self.rows += rows
         self.steps += 1
-        if not self.bar.disable and self.steps % 20 == 0:
-            self.bar.set_postfix({name: f"{mean:.3f}" for name, mean in self._means().items()}, refresh=False)
-        self.bar.update(rows)
+        if self.progress:
+            self.progress.add(rows, self.means)
 
     def means(self) -> dict[str, float]:
-        """The means of the epoch's values; ends the bar. Waits for the device, so it is called once an epoch.
+        """The means of the epoch so far; the loss is among them if it has several parts. Waits for the device.
 
         Raises:
             Fault: the loss was not finite; names the epoch, the step and the terms. A term of weight 0 is no part of
                 the loss and may be anything.
         """
-        self.bar.close()
-        return self._means()
-
-    def _means(self) -> dict[str, float]:
         finite, totals = self.finite_steps.tolist(), self.total.tolist()
+        if self.progress and (self.rows >= self.progress.total or finite[0] < self.steps):
+            self.progress.close()
         if finite[0] < self.steps:
-            self.bar.close()
             bad = [name for name, steps in zip(self.names, finite, strict=True) if steps <= finite[0]]
             raise Fault(
                 f"{self.label}, step {finite[0] + 1}: {', '.join(bad[1:]) or 'the loss'} is not finite; what was saved "
                 "before is intact. A lower --lr (and for fp16: --amp bf16) helps"
             )
-        return {name: total / self.rows for name, total in zip(self.names[1:], totals[1:], strict=True)}
+        means = {name: total / self.rows for name, total in zip(self.names, totals, strict=True)}
+        if sum(name.endswith("_loss") for name in means) == 1:
+            del means["loss"]
+        return means
 
 
 class Test(NamedTuple):

@@ -75,7 +75,10 @@ def test_a_meter_weighs_by_rows():
     meter = utils.Meter("epoch 1")
     meter.add(3, scalar(0), {"a": scalar(1), "b": scalar(10)})
     meter.add(1, scalar(0), {"a": scalar(5), "b": scalar(20)})
-    assert meter.means() == {"a": 2.0, "b": 12.5}
+    assert meter.means() == {"loss": 0, "a": 2.0, "b": 12.5}
+    meter = utils.Meter("epoch 1")
+    meter.add(3, scalar(1), {"cls_loss": scalar(1), "cls_acc": scalar(5)})
+    assert meter.means() == {"cls_loss": 1, "cls_acc": 5}  # the loss has no other part
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
