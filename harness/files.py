@@ -64,6 +64,28 @@ def read_state(path: Path) -> dict:
     return state
 
 
+KINDS = {  # the first bytes of files that people give in place of others
+    b"version https://git-lfs": "a Git LFS pointer, not the file itself: `git lfs pull` fetches it",
+    b"<!doctype html": "an HTML page, not the file itself: download it anew",
+    b"<html": "an HTML page, not the file itself: download it anew",
+    b"<?xml": "an XML page, not the file itself: download it anew",
+    b"\x89hdf": "an HDF5 file, as Keras writes",
+    b"\x93numpy": "a NumPy array",
+    b"\x1f\x8b": "a gzip archive: unpack it",
+    b"7z\xbc\xaf": "a 7z archive: unpack it",
+    b"rar!": "a RAR archive: unpack it",
+    b"%pdf": "a PDF file",
+}
+
+
+def kind_of(content: bytes) -> str | None:
+    """What a file is, by its first bytes, if that is known and neither an image nor a PyTorch checkpoint."""
+    start = content[:1024].lstrip(b"\xef\xbb\xbf \r\n\t").lower()
+    if not content:
+        return "an empty file"
+    return next((kind for first, kind in KINDS.items() if start.startswith(first)), None)
+
+
 @contextlib.contextmanager
 def restoring(path: Path) -> Iterator[None]:
     """Around the use of a file that `save` wrote: turns whatever does not fit into a UserError that names the file."""

@@ -1,0 +1,269 @@
+"""harness/folders.py: untidy class folders, against torchvision's ImageFolder, Pillow and NumPy."""
+
+import io
+import struct
+import unicodedata
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+from torchvision.datasets import ImageFolder
+
+from harness import folders
+from harness.flags import UserError
+
+RNG = np.random.default_rng(0)
+PIXELS = RNG.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+GREY = np.arange(32 * 32, dtype=np.uint16).reshape(32, 32) * 64
+
+
+def save(file, pixels=PIXELS, **settings):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(file, **settings)
+    return file
+
+
+def tidy(root, names=("train", "test"), classes=("cat", "dog"), count=2):
+    for half in names:
+        for name in classes:
+            for i in range(count):
+                save(root / half / name / f"{i}.png")
+    return root
+
+
+def names(classes):
+    return {name: [file.name for file in files] for name, files in classes.items()}
+
+
+# ------------------------------------------------------------------------------------------------------- which files
+
+
+def test_the_files_are_those_of_image_folder_with_links_followed(tmp_path):
+    root = tidy(tmp_path / "train", names=("",))
+    save(tmp_path / "elsewhere" / "deep" / "x.jpg")
+    save(tmp_path / "other" / "y.webp")
+    (root / "cat" / "linked").symlink_to(tmp_path / "elsewhere")
+    (root / "cat" / "z.png").symlink_to(tmp_path / "other" / "y.webp")
+    (root / "emu").symlink_to(tmp_path / "other")
+    (root / "dog" / "labels.txt").write_text("1 2 3")
+    theirs = ImageFolder(root)
+    found = folders.class_files(root)
+    ours = [(str(file), i) for i, files in enumerate(found.classes.values()) for file in files]
+    assert (list(found.classes), sorted(ours)) == (theirs.classes, sorted(theirs.samples))
+    assert len(ours) == 7
+    assert found.ignored == {".txt": 1}
+
+
+@pytest.mark.parametrize("place", [".ipynb_checkpoints", ".Trash-1000/files", "@eaDir", "__MACOSX", "a/.thumbnails"])
+def test_what_systems_leave_behind_is_ignored(place, tmp_path):
+    root = tidy(tmp_path)
+    save(root / "train" / "cat" / place / "0.png")
+    save(root / "train" / place / "0.png")
+    save(root / "train" / "cat" / "._0.png")
+    for name in ("Thumbs.db", "desktop.ini", ".DS_Store"):
+        (root / "train" / "cat" / name).write_bytes(b"1")
+    found = folders.class_files(root / "train")
+    assert names(found.classes) == {"cat": ["0.png", "1.png"], "dog": ["0.png", "1.png"]} | (
+        {"a": []} if place.startswith("a/") else {}
+    )
+    assert not found.ignored
+
+
+@pytest.mark.parametrize("end", "gif jfif jpe jp2 tga JPEG ppm tiff avif qoi".split())
+def test_whatever_pillow_reads_is_an_image(end, tmp_path):
+    settings = {"format": "JPEG"} if end in ("jfif", "jpe", "JPEG") else {}
+    file = save(tmp_path / "train" / "cat" / f"a.{end}", **settings)
+    assert names(folders.class_files(tmp_path / "train").classes) == {"cat": [f"a.{end}"]}
+    with Image.open(file) as image:
+        assert np.array_equal(folders.square(file, 32), image.convert("RGB"))
+
+
+def test_other_files_are_counted_by_their_suffix(tmp_path):
+    for name in ("a.csv", "b.CSV", "c.h5", "README", "movie.mpg"):
+        (tidy(tmp_path) / "train" / "cat" / name).write_text("x")
+    save(tmp_path / "train" / "of no class.png")
+    assert folders.class_files(tmp_path / "train").ignored == {".csv": 2, ".h5": 1, "": 1, ".mpg": 1, ".png": 1}
+
+
+def test_a_link_to_nothing_or_to_a_folder_above_is_named(tmp_path):
+    link = tidy(tmp_path) / "train" / "cat" / "x.png"
+    link.symlink_to("nowhere.png")
+    with pytest.raises(UserError, match="cat/x.png is a link to nowhere.png, which does not exist"):
+        folders.class_files(tmp_path / "train")
+    link.unlink()
+    link.symlink_to("..")
+    with pytest.raises(UserError, match="x.png/cat is a link to a folder that contains it|x.png.* contains it"):
+        folders.class_files(tmp_path / "train")
+
+
+def test_a_class_name_is_the_same_in_every_unicode_form(tmp_path):
+    for half, form in (("train", "NFC"), ("test", "NFD")):
+        for name in ("café", "thé"):
+            save(tmp_path / half / unicodedata.normalize(form, name) / "0.png")
+    found = folders.splits(tmp_path)
+    assert list(found["train"].classes) == list(found["test"].classes) == ["café", "thé"]
+
+
+# ---------------------------------------------------------------------------------------------------------- which split
+
+
+def flat(folder):
+    return save(folder / "0.JPEG").parent
+
+
+@pytest.mark.parametrize(
+    ("given", "unlabelled", "found"),
+    [
+        (("train", "test"), None, {"train": "train", "test": "test"}),
+        (("train", "val"), None, {"train": "train", "test": "val"}),
+        (("train", "val"), "test", {"train": "train", "test": "val"}),  # as ImageNet
+        (("train", "val"), "test/images", {"train": "train", "test": "val"}),  # as Tiny-ImageNet
+        (("train", "test"), "val", {"train": "train", "test": "test"}),
+        (("train", "val", "test"), None, {"train": "train", "val": "val", "test": "test"}),
+    ],
+)
+def test_the_test_images_are_those_with_classes(given, unlabelled, found, tmp_path):
+    tidy(tmp_path, given)
+    if unlabelled:
+        flat(tmp_path / unlabelled)
+    splits = folders.splits(tmp_path)
+    where = {name: split.classes["cat"][0].relative_to(tmp_path).parts[0] for name, split in splits.items()}
+    assert where == found
+
+
+def test_tiny_imagenets_own_layout_is_read(tmp_path):
+    for name in ("n01", "n02"):
+        for i in range(2):
+            save(tmp_path / "train" / name / "images" / f"{name}_{i}.JPEG")
+        (tmp_path / "train" / name / f"{name}_boxes.txt").write_text("x")
+    for i in range(3):
+        save(tmp_path / "val" / "images" / f"val_{i}.JPEG")
+    lines = ["val_0.JPEG\tn02\t0\t32\t44\t62", "val_1.JPEG\tn01\t52\t55\t57\t59", "val_2.JPEG\tn02\t4\t0\t60\t55"]
+    (tmp_path / "val" / "val_annotations.txt").write_text("\n".join(lines) + "\n")
+    flat(tmp_path / "test" / "images")
+    found = folders.splits(tmp_path)
+    assert names(found["train"].classes) == {n: [f"{n}_0.JPEG", f"{n}_1.JPEG"] for n in ("n01", "n02")}
+    assert names(found["test"].classes) == {"n01": ["val_1.JPEG"], "n02": ["val_0.JPEG", "val_2.JPEG"]}
+    (tmp_path / "val" / "images" / "val_2.JPEG").unlink()
+    with pytest.raises(UserError, match="val_annotations.txt, line 3"):
+        folders.splits(tmp_path)
+
+
+def test_a_test_needs_no_training_images(tmp_path):
+    found = folders.splits(tidy(tmp_path, ["val"]), train=False, known=["cat", "dog"])
+    assert names(found["test"].classes) == {"cat": ["0.png", "1.png"], "dog": ["0.png", "1.png"]}
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda root: (root / "test").rename(root / "tests"), "test: no such folder; --data-root .* needs train/CLASS"),
+        (lambda root: (root / "train").rename(root / "training"), "train: no such folder; --data-root .* needs"),
+        (lambda root: save(root / "train/fox/a.png"), "class fox is in .*train but not in .*test"),
+        (lambda root: tidy(root, ["val"], ["cat", "fox"]), "class dog is in .*train but not in .*val .and 1 more"),
+        (lambda root: (root / "train/fox").mkdir(), "train/fox holds no image"),
+    ],
+)
+def test_splits_that_do_not_fit_are_refused(change, says, tmp_path):
+    change(tidy(tmp_path))
+    with pytest.raises(UserError, match=says):
+        folders.splits(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------------ what it shows
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "settings", "expected"),
+    [
+        ("a.png", GREY, {}, GREY >> 8),
+        ("a.tiff", GREY, {}, GREY >> 8),
+        ("a.ppm", GREY, {}, GREY >> 8),
+        ("a.jp2", GREY, {"irreversible": False}, GREY >> 8),
+        ("a.tiff", (GREY >> 8).astype(np.uint8), {"tiffinfo": {262: 0}}, GREY >> 8),
+    ],
+)
+def test_grey_of_any_depth_is_scaled_to_8_bits(name, values, settings, expected, tmp_path):
+    got = folders.square(save(tmp_path / name, values, **settings), 32)
+    assert np.array_equal(got, np.repeat(expected[..., None], 3, 2))
+
+
+@pytest.mark.parametrize(
+    ("values", "tags"),
+    [
+        (GREY.astype(np.int32) % 200, {}),  # 32 bits
+        (GREY, {262: 0}),  # 0 is white
+        (GREY.astype(np.float32) / 65535, {}),
+        ((GREY >> 8).astype(np.uint8), {339: 2}),  # with a sign
+    ],
+)
+def test_pixels_whose_meaning_is_not_certain_are_refused(values, tags, tmp_path):
+    with pytest.raises(UserError, match="a.tiff cannot be read as an image .*range"):
+        folders.square(save(tmp_path / "a.tiff", values, tiffinfo=tags), 32)
+
+
+def chunk(name, content, damage=0):
+    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content) ^ damage)
+
+
+def png_with(extra):
+    file = io.BytesIO()
+    Image.fromarray(PIXELS).save(file, "PNG")
+    return file.getvalue()[:33] + extra + file.getvalue()[33:]
+
+
+LONG = zlib.compress(b"x" * 100_000_000)
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        chunk(b"zTXt", b"Comment\0\0" + LONG),
+        chunk(b"iCCP", b"profile\0\0" + LONG),
+        chunk(b"tEXt", b"Comment\0text", damage=1),
+        chunk(b"eXIf", b"nonsense"),
+        chunk(b"gAMA", b"\0\0"),
+    ],
+    ids=["long comment", "long profile", "wrong checksum", "EXIF", "short gamma"],
+)
+def test_damaged_metadata_does_not_keep_a_png_from_being_read(extra, tmp_path):
+    (tmp_path / "a.png").write_bytes(png_with(extra))
+    assert np.array_equal(folders.square(tmp_path / "a.png", 32), PIXELS)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("exif", [b"Exif\0\0nonsense", b"Exif\0\0II*\0\x08\0\0\0\xff\xff\x12\x01"])
+def test_nonsense_exif_does_not_keep_a_jpeg_from_being_read(exif, tmp_path):
+    file = save(tmp_path / "a.jpg", exif=exif)
+    with Image.open(file) as image:
+        assert np.array_equal(folders.square(file, 32), image.convert("RGB"))
+
+
+@pytest.mark.parametrize("cut", [40, 400])
+def test_damaged_pixels_are_refused(cut, tmp_path):
+    whole = png_with(b"")
+    for content in (whole[:-cut], whole[:200] + bytes([whole[200] ^ 1]) + whole[201:]):
+        (tmp_path / "a.png").write_bytes(content)
+        with pytest.raises(UserError, match="a.png cannot be read as an image"):
+            folders.square(tmp_path / "a.png", 32)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"\n<!DOCTYPE html><html>", "an HTML page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "a Git LFS pointer"),
+        (b"", "an empty file"),
+    ],
+)
+def test_a_file_that_is_something_else_is_told_what_it_is(content, says, tmp_path):
+    (tmp_path / "a.jpg").write_bytes(content)
+    with pytest.raises(UserError, match=f"a.jpg cannot be read as an image .{says}"):
+        folders.square(tmp_path / "a.jpg", 32)
+
+
+def test_a_picture_above_pillows_limit_is_told_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
+    with pytest.raises(UserError, match="a.png has more pixels than Pillow accepts"):
+        folders.square(save(tmp_path / "a.png"), 32)
