@@ -3,7 +3,7 @@
 import argparse
 import copy
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -33,9 +33,8 @@ def exported(
 ) -> bytes:
     """The network in eval mode on the CPU: RGB images (N, 3, side, side) in [0, 1] → logits (N, classes), any N ≥ 1.
 
-    It normalises the images itself, by the `mean` and `std` of the three channels, so that its users need not know
-    them. `torch.export.load` reads the bytes; with `onnx` (which needs the packages onnx and onnxscript), any ONNX
-    runtime does. `backbone` itself does not change.
+    It normalises the images itself, by `mean` and `std` of the three channels. The bytes are for `torch.export.load`
+    or, with `onnx` (which needs the packages onnx and onnxscript), for any ONNX runtime. `backbone` does not change.
 
     Raises:
         Fault: read back, the exported network answers differently.
@@ -43,44 +42,37 @@ def exported(
     network = _FromPixels(copy.deepcopy(backbone).cpu(), mean, std).eval()
     images = torch.rand(3, 3, side, side, generator=torch.Generator().manual_seed(0))
     program = torch.export.export(network, (images[:2],), dynamic_shapes=({0: torch.export.Dim("N")},))
-    content, read_back = (_as_onnx if onnx else _as_pt2)(program)
-    answer = read_back(images)  # three images, because tracing saw two
-    try:
-        torch.testing.assert_close(answer, network(images), rtol=1e-4, atol=1e-4)
-    except AssertionError as error:
-        raise Fault(f"the exported network answers differently: {error}") from None
+    content, answer = (_as_onnx if onnx else _as_pt2)(program, images)  # three images, because tracing saw two
+    if not torch.allclose(answer, network(images), rtol=1e-4, atol=1e-4):
+        raise Fault("the exported network, read back, does not answer like the original; nothing was written")
     return content
+
+
+def _as_pt2(program: torch.export.ExportedProgram, images: Tensor) -> tuple[bytes, Tensor]:
+    """The bytes of the file, and what the network in them answers."""
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer)
+    buffer.seek(0)
+    return buffer.getvalue(), torch.export.load(buffer).module()(images)
+
+
+def _as_onnx(program: torch.export.ExportedProgram, images: Tensor) -> tuple[bytes, Tensor]:
+    import onnx.reference  # an optional package
+
+    names = {"input_names": ["images"], "output_names": ["logits"]}
+    content = torch.onnx.export(program, dynamo=True, verbose=False, **names).model_proto.SerializeToString()
+    (answer,) = onnx.reference.ReferenceEvaluator(content).run(None, {"images": images.numpy()})
+    return content, torch.from_numpy(answer)
 
 
 def export(found: Checkpoint, args: argparse.Namespace) -> None:
     """Writes a checkpoint's network to the file `args.export`, whose suffix decides the format: .pt2 or .onnx.
 
     If the checkpoint does not say how its images were normalised, the data set of the flags does.
-
-    Raises:
-        UserError: the weights don't fit.
-        Fault: as `exported`; the file can't be written.
     """
     about, file = found.about, Path(args.export)
     if not {"classes", "mean", "std", "side"} <= about.keys():
         about = read_for(args, about, found.file).about | about
     network = found.network(about["classes"])
-    content = exported(network, about["mean"], about["std"], about["side"], onnx=file.suffix == ".onnx")
-    write_atomically(file, content)
+    write_atomically(file, exported(network, about["mean"], about["std"], about["side"], file.suffix == ".onnx"))
     print(f"exported: {file}, read back and checked; it takes RGB pixels in [0, 1] and normalises them", flush=True)
-
-
-def _as_pt2(program: torch.export.ExportedProgram) -> tuple[bytes, Callable[[Tensor], Tensor]]:
-    buffer = io.BytesIO()
-    torch.export.save(program, buffer)
-    buffer.seek(0)
-    return buffer.getvalue(), torch.export.load(buffer).module()
-
-
-def _as_onnx(program: torch.export.ExportedProgram) -> tuple[bytes, Callable[[Tensor], Tensor]]:
-    import onnx.reference  # an optional package
-
-    names = {"input_names": ["images"], "output_names": ["logits"]}
-    content = torch.onnx.export(program, dynamo=True, verbose=False, **names).model_proto.SerializeToString()
-    session = onnx.reference.ReferenceEvaluator(content)
-    return content, lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])

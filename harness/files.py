@@ -88,7 +88,7 @@ def kind_of(content: bytes) -> str | None:
 
 @contextlib.contextmanager
 def restoring(path: Path) -> Iterator[None]:
-    """Around the use of a file that `save` wrote: turns whatever does not fit into a UserError that names the file."""
+    """Around the use of a run's file: turns whatever does not fit into a UserError that names the file."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError):
@@ -96,9 +96,8 @@ def restoring(path: Path) -> Iterator[None]:
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
     except Exception as error:  # zipfile, pickle, torch and missing keys each raise their own
-        raise UserError(
-            f"{path} is damaged or belongs to another run; put a good copy back, or delete its folder"
-        ) from error
+        advice = "put a good copy back, or delete its folder"
+        raise UserError(f"{path} is damaged or belongs to another run; {advice}") from error
 
 
 def digest(content: Any) -> str:
@@ -107,10 +106,9 @@ def digest(content: Any) -> str:
 
 
 def lock(path: Path, waiting: str | None = None) -> int:
-    """Locks the file `path` until its descriptor, which is returned, is closed or the process ends.
+    """Locks the file `path` until the descriptor that it returns is closed, or the process ends.
 
-    If another process holds the lock: prints `waiting` and waits, or raises BlockingIOError without it. Where the file
-    system has no locks, the file counts as locked.
+    If another process holds the lock: prints `waiting` and waits, or raises BlockingIOError without it.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
@@ -121,7 +119,7 @@ def lock(path: Path, waiting: str | None = None) -> int:
             raise
         print(waiting, flush=True)
         fcntl.flock(descriptor, fcntl.LOCK_EX)
-    except OSError:  # ENOSYS, ENOLCK, EOPNOTSUPP: no locks here
+    except OSError:  # ENOSYS, ENOLCK, EOPNOTSUPP: the file system has no locks
         pass
     return descriptor
 

@@ -1,13 +1,12 @@
 """The flags that the scripts share, their checks, and the lines in which a script speaks to its user."""
 
 import argparse
-import contextlib
 import difflib
-import importlib.util
 import math
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -32,27 +31,13 @@ class Fault(Exception):
 
 
 def tell(script: str, text: str) -> None:
-    """Prints a script's last words as one line on stderr, if that is open."""
-    if sys.stderr is not None:
-        with contextlib.suppress(OSError):
-            print(f"{script}: {printable(text)}", file=sys.stderr)
+    """Prints a script's last words as one line on stderr."""
+    print(f"{script}: {' '.join(text.split())}", file=sys.stderr)
 
 
 def warn(text: str) -> None:
     """Prints one line on stderr about something odd that does not stop the run."""
-    print(f"warning: {printable(text)}", file=sys.stderr, flush=True)
-
-
-def printable(text: str) -> str:
-    """`text` in one line; characters that cannot be seen, such as terminal codes, are escaped."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(text.split()))
-
-
-def show_any_name() -> None:
-    """Makes stdout and stderr escape the characters that the terminal's encoding lacks, instead of failing on them."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
+    print(f"warning: {' '.join(text.split())}", file=sys.stderr, flush=True)
 
 
 def silent() -> bool | None:
@@ -77,20 +62,12 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, **{"formatter_class": _Help, "allow_abbrev": False} | more)
 
     def error(self, message: str) -> NoReturn:
-        flag = re.match(r"unrecognized arguments: (--[\w-]+)", message)
-        choice = re.search(r"invalid choice: '(.*)' \(choose from (.*)\)$", message)
-        if flag:
-            message += did_you_mean(flag[1], re.findall(r"--[\w-]+", self.format_help()))
-        elif choice:
-            message += did_you_mean(choice[1], re.findall(r"[\w.-]+", choice[2]))
+        if wrong := re.search(r"(?:unrecognized arguments: |invalid choice: ')([^\s'=]+)", message):
+            known = [word for action in self._actions for word in (*action.option_strings, *(action.choices or ()))]
+            by_lower = {str(word).lower(): word for word in known}
+            like = [by_lower[word] for word in difflib.get_close_matches(wrong[1].lower(), by_lower, cutoff=0.7)]
+            message += f"; did you mean {' or '.join(like)}?" if like else ""
         raise UserError(f"{message} (--help lists the flags)")
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """The end of an error message that names the known words most like this one; empty if there are none."""
-    by_lower = {name.lower(): name for name in known}
-    like = [by_lower[name] for name in difflib.get_close_matches(word.lower(), by_lower, cutoff=0.7)]
-    return f"; did you mean {' or '.join(like)}?" if like else ""
 
 
 class Increasing(argparse.Action):
@@ -208,15 +185,11 @@ def check_export(parser: Parser, args: argparse.Namespace) -> None:
     if args.export is None:
         return
     file = Path(args.export)
-    if file.is_dir() or not file.name or not file.parent.is_dir():
-        parser.error(f"--export {args.export or repr('')}: give the name of a file in a folder that exists")
-    if file.suffix not in (".pt2", ".onnx"):
-        there = "exists already and " if file.exists() else ""
-        parser.error(f"--export {file}: {there}ends in neither .pt2 (torch.export) nor .onnx: name it so")
-    needed = ("onnx", "onnxscript") if file.suffix == ".onnx" else ()
-    if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
-        names = " ".join(missing)
-        parser.error(f"--export {file}: for ONNX PyTorch needs `pip install {names}`; a .pt2 file needs nothing")
+    if file.suffix not in (".pt2", ".onnx") or file.is_dir() or not file.parent.is_dir():
+        end = "that ends in .pt2 (torch.export) or .onnx, in a folder that exists"
+        parser.error(f"--export {args.export}: give the name of a file {end}")
+    if file.suffix == ".onnx" and not (find_spec("onnx") and find_spec("onnxscript")):
+        parser.error(f"--export {file}: ONNX needs `pip install onnx onnxscript`; a .pt2 file needs nothing")
 
 
 def data_name(args: argparse.Namespace) -> str:

@@ -30,7 +30,7 @@ from tensorboardX.proto.event_pb2 import Event
 from torch import Tensor
 
 from harness.files import lock, plain, read_state, restoring, save, write_atomically
-from harness.flags import Fault, UserError, show_any_name, tell, warn
+from harness.flags import Fault, UserError, tell, warn
 
 CONDITIONS = "commit", "python", "torch", "device", "threads"  # the last digits of a run may depend on them
 
@@ -42,8 +42,6 @@ class Stopped(BaseException):
 
 
 def _stop(number: int, frame: FrameType | None) -> NoReturn:
-    for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, signal.SIG_IGN)  # a second signal must not disturb the ending
     raise Stopped(number)
 
 
@@ -55,11 +53,9 @@ def entry(main: Callable) -> Callable:
 
     @functools.wraps(main)
     def guarded(argv: list[str] | None = None) -> None:
-        show_any_name()
         handlers = {number: signal.signal(number, _stop) for number in (signal.SIGINT, signal.SIGTERM)}
-        status, line = 0, ""
         try:
-            main(argv)
+            return main(argv)
         except UserError as error:
             status, line = 2, f"error: {error}"
         except RuntimeError as error:
@@ -71,13 +67,11 @@ def entry(main: Callable) -> Callable:
         except Stopped as stop:
             status = 128 + stop.args[0]
             line = f"stopped by {signal.Signals(stop.args[0]).name}; the same command continues"
-        if status < 128:
+        finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
-        if line:
-            tell(f"{main.__module__}.py" if main.__module__ != "__main__" else Path(sys.argv[0]).name, line)
-        if status:
-            sys.exit(status)
+        tell(f"{main.__module__}.py" if main.__module__ != "__main__" else Path(sys.argv[0]).name, line)
+        sys.exit(status)
 
     return guarded
 
@@ -108,11 +102,12 @@ class Run:
         self.settings = json.loads(json.dumps(settings))
         self.result, self.state = self._look()
 
-    def _look(self) -> tuple[dict | None, dict | None]:
-        """The result if the run is finished, else the state after its last epoch, if there is one. Writes nothing."""
+    def _look(self) -> tuple[str | None, dict | None]:
+        """The result in words if the run is finished, else the state after its last epoch, if there is one."""
         config, result, last = self.folder / "config.json", self.folder / "result.json", self.ckpt / "last.pth"
         if config.exists() and (result.exists() or last.exists()):
-            before = _read_json(config, "flags")["flags"]
+            with restoring(config):
+                before = dict(json.loads(config.read_text())["flags"])
             differing = [name for name in self.settings | before if self.settings.get(name) != before.get(name)]
             if differing:
                 listed = (f"{name} was {before.get(name)}, is {self.settings.get(name)}" for name in differing)
@@ -121,7 +116,8 @@ class Run:
                     "anew, or give another --experiments folder"
                 )
             if result.exists():
-                return _read_json(result, "best_acc", "best_epoch", "last_acc"), None
+                with restoring(result):
+                    return _summary(json.loads(result.read_text())), None
             return None, read_state(last)
         if found := [*self.folder.glob("*.pth"), *self.ckpt.glob("*.pth")]:
             raise UserError(
@@ -132,29 +128,29 @@ class Run:
 
     def finished(self) -> bool:
         """Whether the folder holds this very run, complete; prints its result."""
-        if self.result is not None:
-            print(f"{self.folder} is finished: {_summary(self.result)}")
-        return self.result is not None
+        if self.result:
+            print(f"{self.folder} is finished: {self.result}")
+        return bool(self.result)
 
     def start(self, device: torch.device, **about: Any) -> None:
         """Locks the folder for this process and records what runs in it; `about` goes to config.json and result.json.
 
         Raises:
-            UserError: another process is running there, or a file lies where a folder should be.
+            UserError: another process is running there.
+            Fault: the folder can't be made.
         """
+        events = self.folder / "events"
         try:
             self.ckpt.mkdir(parents=True, exist_ok=True)
-            (self.folder / "events").mkdir(exist_ok=True)
+            events.mkdir(exist_ok=True)
             self._lock = lock(self.folder / ".lock")
         except BlockingIOError as error:
             raise UserError(f"another process is running in {self.folder}; wait for it or stop it") from error
-        except (FileExistsError, NotADirectoryError) as error:
-            raise UserError(f"{self.folder} could not be made: {error.filename} is a file or lies below one") from error
         except OSError as error:
             raise Fault(f"{self.folder} could not be made: {error.strerror}") from error
         weakref.finalize(self, os.close, self._lock)  # held until the run or its process ends
         self.result, self.state = self._look()  # again: another process may have run here before we had the lock
-        if self.result is not None:
+        if self.result:
             raise UserError(f"{self.folder} was finished by another process just now")
         if not self.state:
             best = {"name": "", "acc": -1.0, "epoch": 0}
@@ -165,25 +161,24 @@ class Run:
         self.about = about
         self._record_start(device)
         self._write_files()
-        events = self.folder / "events"
         if writer.EventFileWriter is not EventFileWriter:  # W&B's sync_tensorboard took its place: tell it the folder
             writer.EventFileWriter(str(events), filename_suffix=".0").close()
         self._events = EventsWriter(str(events / "events"), f".{len(list(events.iterdir())) + 1}")
         weakref.finalize(self, _close, self._events)
-        self.began = self._mark = time.monotonic()
-        self._seconds_before = self.state["seconds"]
+        self._mark = time.monotonic()
+        self._began = self._mark - self.state["seconds"]
         print(f"run: {self.folder}", flush=True)
         if self.resumed:
             print(f"continuing after epoch {self.state['epoch']} of the {self.state['phase']}", flush=True)
 
     def _record_start(self, device: torch.device) -> None:
         """Adds this start to config.json; warns if the run continues under conditions that may change its digits."""
-        path, now = self.folder / "config.json", _environment(device)
-        starts = _read_json(path, "starts")["starts"] if self.resumed else []
+        path, now, starts = self.folder / "config.json", _environment(device), []
+        if self.resumed:
+            with restoring(path):
+                starts = list(json.loads(path.read_text())["starts"])
         before = starts[-1] if starts else now
-        changed = [
-            f"{name} was {before.get(name)}, is {now[name]}" for name in CONDITIONS if before.get(name) != now[name]
-        ]
+        changed = [f"{x} was {before.get(x)}, is {now[x]}" for x in CONDITIONS if before.get(x) != now[x]]
         if changed:
             warn(f"continued under other conditions, so not bit for bit: {', '.join(changed)}")
         write_atomically(path, _json({"flags": self.settings, "starts": [*starts, now | self.about]}))
@@ -208,7 +203,7 @@ class Run:
         for epoch in range(first, epochs + 1):
             yield epoch
             self._check_folder()
-            self.state |= {"phase": phase, "epoch": epoch, "seconds": self._seconds()}
+            self.state |= {"phase": phase, "epoch": epoch, "seconds": time.monotonic() - self._began}
             self.state["parts"] = {name: plain(part.state_dict()) for name, part in parts.items()}
             save(self.ckpt / "last.pth", self.state)
             self._write_files()
@@ -240,7 +235,6 @@ class Run:
 
         A value of None is left out. The log holds no time, so that a resumed run leaves the same log.
         """
-        self._check_folder()
         scalars = {f"{split}/{name}": value for split, values in splits.items() for name, value in values.items()}
         scalars = {tag: value for tag, value in scalars.items() if value is not None}
         finite = {tag: value if math.isfinite(value) else None for tag, value in scalars.items()}
@@ -292,49 +286,28 @@ class Run:
         best, acc = self.state["best"], self.state["acc"]
         result = {"best_acc": best["acc"], "best_epoch": best["epoch"], "last_acc": acc}
         result |= {} if test_acc is None else {"test_acc": test_acc}
-        flags = {name: " ".join(map(str, v)) if isinstance(v, list) else v for name, v in self.settings.items()}
         final = {f"final/{name}": value for name, value in result.items() if name.endswith("_acc")}
-        table = summary.hparams(flags, final)  # a row of TensorBoard's table of runs
-        self._add_events(self.total, *table, *(summary.scalar(*item) for item in final.items()))
+        flags = {name: " ".join(map(str, x)) if isinstance(x, list) else x for name, x in self.settings.items()}
+        self._add_events(self.total, *summary.hparams(flags, final), *(summary.scalar(*x) for x in final.items()))
         self._events.close()
-        result |= {"epochs": self.total, "seconds": round(self._seconds(), 1)} | self.about
+        result |= {"epochs": self.total, "seconds": round(time.monotonic() - self._began, 1)} | self.about
         write_atomically(self.folder / "result.json", _json(result))
         print(f"finished: {_summary(result)}", flush=True)
 
-    def _seconds(self) -> float:
-        return self._seconds_before + time.monotonic() - self.began
-
     def _check_folder(self) -> None:
         """Raises Fault if the folder was deleted or replaced meanwhile: another process may be running at its path."""
-        try:
-            own = os.path.samestat(os.fstat(self._lock), os.stat(self.folder / ".lock"))
-        except OSError:
-            own = False
-        if not own:
+        lock = self.folder / ".lock"
+        if not (lock.exists() and os.path.samestat(lock.stat(), os.fstat(self._lock))):
             raise Fault(f"{self.folder} was removed or replaced while this run was going on; it ends here")
 
 
 def _close(events: EventsWriter) -> None:
-    """Closes the events of a run that ends early; a full disk has been reported by then."""
-    with contextlib.suppress(OSError, ValueError):  # ValueError: `finish` has closed them
+    with contextlib.suppress(OSError, ValueError):  # a full disk was reported before; `finish` has closed them
         events.close()
 
 
 def _json(content: dict) -> bytes:
     return (json.dumps(content, indent=1) + "\n").encode()
-
-
-def _read_json(path: Path, *names: str) -> dict:
-    """The dict in a JSON file of a run, which has to hold these `names`."""
-    try:
-        content = json.loads(path.read_text())
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    except ValueError:
-        content = None
-    if not isinstance(content, dict) or not all(name in content for name in names):
-        raise UserError(f"{path} is damaged; put a good copy back, or delete the folder to start anew")
-    return content
 
 
 def _summary(result: dict) -> str:
