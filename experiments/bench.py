@@ -20,8 +20,8 @@ has a process of its own. The sides take turns, and a figure is the median of al
     crd                   CRD's term, forward and backward, from given features and negatives (16,384 of 50,000 images)
     runs, runs_stored     estimated: the eleven published students and the SS heads; with computed and stored features
 
-`--json` writes rows {figure, pair, amp, published, here, ratio}: seconds or bytes; ratio = published ÷ here. The pair of
-the SS head's rows is the teacher alone. The published DataLoader has its four workers on a GPU only.
+`--json` writes rows {figure, pair, amp, published, here, ratio}: seconds or bytes; ratio = published ÷ here. The pair
+of the SS head's rows is the teacher alone. The published DataLoader has its four workers on a GPU only.
 """
 
 import contextlib
