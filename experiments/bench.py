@@ -5,27 +5,23 @@
     python experiments/bench.py --amp bf16 --compile              # with half precision and torch.compile here
     python experiments/bench.py --pairs vgg13:vgg8 --json rows.json
 
-The published pipeline is published.py. "Here" means the functions with which student.py and baseline.py train. Both get
-the same weights, images, batch size and threads. Their losses must agree before anything is timed. Each side has its
-own process, because some settings hold for a whole process. The sides take turns; a figure is the median of all turns.
+"Here" means the functions with which student.py and baseline.py train; the published pipeline is published.py. Both
+get the same weights, images, batch size and threads, and their losses must agree before anything is timed. Each side
+has a process of its own. The sides take turns, and a figure is the median of all turns.
 
     figure                of a batch of 64 images (256 views)
     views                 cut the four views of each image, in one process and one thread
     loss                  the four terms, forward and backward
     student_step          everything: views, networks, loss, update, logged values
-    student_step_stored   the same with `--t-features memory`, if the table holds every view; published computes them
-    ss_epoch              an epoch of the SS head, scaled down: a few training batches, and a fifth as many test images,
-                          whose features this repository computes once in a run and not here
-    ss_epoch_stored       the same with `--t-features memory`, if the table holds every view
+    ss_epoch              an epoch of the SS head, scaled down: a few training batches and a fifth as many test images
+    …_stored              the same with `--t-features memory`, if the table holds every view; published computes them
     new_view              the teacher's feature of one view that the table lacks; only here
     student_step_memory   peak memory beyond what the process held before: allocated (CUDA) or resident (Linux)
     crd                   CRD's term, forward and backward, from given features and negatives (16,384 of 50,000 images)
     runs, runs_stored     estimated: the eleven published students and the SS heads; with computed and stored features
 
-`--json` writes rows {figure, pair, amp, published, here, ratio}: in seconds or bytes; ratio = published ÷ here, or null
-without two positive values. The "pair" of ss_epoch, ss_epoch_stored and new_view is the teacher's name.
-`--amp` and `--compile` change only this repository's side. The published DataLoader has its four workers on a GPU, none
-on a CPU, whose cores the networks keep busy.
+`--json` writes rows {figure, pair, amp, published, here, ratio}: seconds or bytes; ratio = published ÷ here. The pair
+of the SS head's rows is the teacher alone. The published DataLoader has its four workers on a GPU only.
 """
 
 import contextlib
@@ -85,11 +81,11 @@ class Plan(NamedTuple):
     """How the figures are measured."""
 
     device: torch.device
-    amp: str = "off"
+    amp: str = "off"  # this and `compile` hold for this repository's side only
     compile: bool = False
     batch: int = 64
     images: int = 50_000  # as many as CIFAR-100 has for training
-    seconds: float = 40  # a group of figures is repeated for about this long, but at least twice
+    seconds: float = 40  # to repeat a group of figures, at least twice
     ss_batches: int = 2  # training batches of an SS-head epoch
     ss_test_images: int = 25  # a fifth of the images in them, as in CIFAR-100
 
@@ -161,11 +157,11 @@ def here_side(plan: Plan, pair: str) -> Side:
 
     train_set = images(plan.images)
     batches = chain.from_iterable(train_set.batches("bench", epoch, VIEWS) for epoch in count(1))
-    # An epoch of one batch, over and over: after the first time the table holds its views. So each step pays its share
-    # of reading the table.
+    # an epoch of one batch, over and over: the table soon holds its views, and each step pays for reading them
     table = Features(images(plan.batch), teacher.backbone, autocast, "0" * 16, folder=None)
     stored = chain.from_iterable(table.batches("bench", 1, VIEWS) for _ in repeat(None))
     stored_ss = chain.from_iterable(table.batches_without_views("bench", 1, VIEWS) for _ in repeat(None))
+    # as in a run, whose test features are computed once
     test_features = student.ss_test_features(teacher, images(plan.ss_test_images), autocast)
 
     def stepping(loss_of: Callable, sgd: utils.SGD) -> Callable[[Iterator], None]:
@@ -181,8 +177,8 @@ def here_side(plan: Plan, pair: str) -> Side:
         return step
 
     sgd = utils.SGD(network.parameters(), args.lr, args.milestones, args)
-    head_sgd = utils.SGD(head.parameters(), args.t_lr, args.t_milestones, args)
     student_step = stepping(student.make_loss(args, teacher, network, autocast), sgd)
+    head_sgd = utils.SGD(head.parameters(), args.t_lr, args.t_milestones, args)
     ss_step = stepping(student.make_ss_loss(teacher, autocast), head_sgd)
 
     def ss_epoch(batches: Iterator) -> None:
@@ -271,9 +267,9 @@ def crd_inputs(plan: Plan, teacher: Wrapper, network: Wrapper) -> tuple[list[Ten
     torch.manual_seed(0)
     widths = [net.proj_head[0].in_features for net in (network, teacher)]
     features = [torch.rand(plan.batch, width).to(plan.device).requires_grad_() for width in widths]
-    rows = torch.arange(plan.batch)
-    negatives = torch.randint(plan.images, (plan.batch, METHODS["crd"].negatives))
-    return features, rows.to(plan.device), torch.cat([rows[:, None], negatives], 1).to(plan.device)
+    places = torch.randint(plan.images, (plan.batch, 1 + METHODS["crd"].negatives))
+    places[:, 0] = rows = torch.arange(plan.batch)
+    return features, rows.to(plan.device), places.to(plan.device)
 
 
 # ---------------------------------------------------------------------------------------------------------- measuring
@@ -369,7 +365,7 @@ def pair_rows(plan: Plan, pair: str, crd: bool) -> Iterator[dict]:
     """All figures of one pair; those of CRD's term only with `crd`."""
     check_pair(pair)
     yield from timed_rows(plan, pair, SHORT, STEP, SS_HEAD, *[("crd",)] * crd)
-    if plan.device.type == "cuda" or Path("/proc/self/status").exists():
+    if plan.device.type == "cuda" or sys.platform == "linux":
         with processes(plan, pair) as call:  # new ones, which hold nothing of other figures
             both = [call(side, peak_memory) for side in SIDES]
         yield row("student_step_memory", pair, plan.amp, *both)

@@ -18,7 +18,6 @@ TINY_STUDENT = [*TINY, "--t-epoch", "2", "--t-milestones", "1", "--s-arch", "res
 SHORT = ["--dataset", "synthetic", "--train-size", "4", "--test-size", "4", "--batch-size", "4"]
 SHORT += ["--epoch", "1", "--milestones", "1"]
 SHORT_STUDENT = [*SHORT, "--s-arch", "resnet8", "--t-epoch", "1", "--t-milestones", "1"]
-LOW_RATE = ("MobileNetV2", "ShuffleV1", "ShuffleV2")  # these train with --lr 0.01
 
 
 def run_script(*command, cwd, **kwargs):

@@ -3,14 +3,25 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-GOLDEN = json.loads((Path(__file__).parent / "golden" / "reference.json").read_text())
-PUBLISHED = json.loads((Path(__file__).parent / "golden" / "published_results.json").read_text())
+
+def golden(name: str) -> Any:
+    return json.loads((Path(__file__).parent / "golden" / name).read_text())
+
+
+GOLDEN, COMPARED, LATER = golden("reference.json"), golden("compared.json"), golden("later.json")
+PUBLISHED = golden("published_results.json")
+NAMES = [
+    *("resnet8", "resnet14", "resnet20", "resnet32", "resnet44", "resnet56", "resnet110", "resnet8x4", "resnet32x4"),
+    *("resnet14x05", "resnet20x05", "resnet20x0375", "ResNet50", "wrn_16_1", "wrn_16_2", "wrn_40_1", "wrn_40_2"),
+    *("vgg8", "vgg11", "vgg13", "vgg16", "vgg19", "MobileNetV2", "ShuffleV1", "ShuffleV2"),
+]
 
 
 def hashed(key: int, shape: tuple[int, ...]) -> Tensor:
@@ -106,20 +117,9 @@ class Operations(TorchDispatchMode):
         return out
 
 
-NAMES = [
-    *("resnet8", "resnet14", "resnet20", "resnet32", "resnet44", "resnet56", "resnet110", "resnet8x4", "resnet32x4"),
-    *("resnet14x05", "resnet20x05", "resnet20x0375", "ResNet50", "wrn_16_1", "wrn_16_2", "wrn_40_1", "wrn_40_2"),
-    *("vgg8", "vgg11", "vgg13", "vgg16", "vgg19", "MobileNetV2", "ShuffleV1", "ShuffleV2"),
-]
-
-
 def images(height: int = 32) -> Tensor:
     """(4, 3, height, height): the input of the golden figures of the models."""
     return (1.5 * hashed(999, (4, 3, height, height))).float()
-
-
-COMPARED = json.loads((Path(__file__).parent / "golden" / "compared.json").read_text())
-LATER = json.loads((Path(__file__).parent / "golden" / "later.json").read_text())
 
 
 def rounded(key: int, shape: tuple[int, ...] | list[int], scale: float = 1.0) -> Tensor:

@@ -29,8 +29,8 @@ def test_unequal_work_is_refused(monkeypatch, name, other):
         bench.check_pair(PAIR)
 
 
-def convolutions(function, dtypes=None):
-    """How many convolutions run while `function` does; collects the dtypes of their outputs."""
+def convolutions(function):
+    """The dtypes of the outputs of all convolutions that run while `function` does."""
     seen = []
 
     def note(module, args, output):
@@ -39,9 +39,7 @@ def convolutions(function, dtypes=None):
 
     with torch.nn.modules.module.register_module_forward_hook(note):
         function()
-    if dtypes is not None:
-        dtypes.update(seen)
-    return len(seen)
+    return seen
 
 
 def test_steps_here_train_everything_on_four_views_and_stored_features_replace_the_teacher(monkeypatch):
@@ -60,7 +58,7 @@ def test_steps_here_train_everything_on_four_views_and_stored_features_replace_t
     ]:
         side[figure]()  # the first time fills the table of features
         before, added[:] = [parameter.clone() for parameter in trained.parameters()], []
-        assert convolutions(side[figure]) == count, figure
+        assert len(convolutions(side[figure])) == count, figure
         assert all(not torch.equal(*both) for both in zip(before, trained.parameters(), strict=True)), figure
         assert all(rows == TINY.batch for rows, _, _ in added), figure
         terms = ["ce_loss", "kd_loss", "tf_loss", "ss_loss", "cls_acc", "ss_acc"]
@@ -70,10 +68,8 @@ def test_steps_here_train_everything_on_four_views_and_stored_features_replace_t
 
 def test_half_precision_applies_only_to_this_repository():
     for side, expected in ((bench.here_side, torch.bfloat16), (bench.published_side, torch.float32)):
-        figures, dtypes = side.__wrapped__(TINY._replace(amp="bf16"), PAIR), set()
-        for name in ("student_step", "ss_epoch"):
-            convolutions(figures[name], dtypes)
-        assert dtypes == {expected}
+        figures = side.__wrapped__(TINY._replace(amp="bf16"), PAIR)
+        assert {*convolutions(figures["student_step"]), *convolutions(figures["ss_epoch"])} == {expected}
         figures["loss"]()  # takes such outputs
 
 
@@ -86,9 +82,8 @@ def test_a_run_writes_every_figure_as_a_row(monkeypatch, tmp_path, capsys):
     found = {(row["figure"], row["pair"]): row for row in rows}
     assert len(found) == len(rows)
     steps, of_teacher = ["student_step", "student_step_stored"], ["ss_epoch", "ss_epoch_stored", "new_view"]
-    of_pair = [*steps, "views", "loss", "student_step_memory", "crd"]
     assert set(found) == {
-        *((figure, PAIR) for figure in of_pair),
+        *((figure, PAIR) for figure in (*steps, "views", "loss", "student_step_memory", "crd")),
         *((figure, teacher) for figure in of_teacher for teacher in ("resnet8", "resnet14x05")),
         *((figure, pair) for figure in steps for pair in ("resnet8:resnet14x05", "resnet14x05:resnet8")),
         ("runs", "3 students"),
@@ -101,9 +96,8 @@ def test_a_run_writes_every_figure_as_a_row(monkeypatch, tmp_path, capsys):
         if row["ratio"] is not None:
             assert row["ratio"] == pytest.approx(row["published"] / row["here"])
     assert found["student_step_stored", PAIR]["published"] == found["student_step", PAIR]["published"]
-    printed = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
-    figures = [row["figure"] for row in rows]
-    assert [name for name in printed if name in figures] == figures
+    printed, figures = capsys.readouterr().out.splitlines(), [row["figure"] for row in rows]
+    assert [line.split()[0] for line in printed if line.split()[0] in figures] == figures
 
 
 def test_the_estimate_adds_up_all_epochs_of_the_published_students():

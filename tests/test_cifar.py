@@ -1,6 +1,7 @@
 """cifar.py against NumPy and torchvision."""
 
 from collections import Counter
+from operator import attrgetter
 
 import numpy as np
 import pytest
@@ -157,12 +158,7 @@ def test_few_shot_keeps_the_same_share_of_every_class(fraction):
     assert len(data.train.index.unique()) == len(data.train)
     assert torch.equal(data.train.pixels, whole.train.pixels[data.train.index])
     assert torch.equal(data.train.labels, whole.train.labels[data.train.index])
-    assert torch.equal(load("--few-shot", fraction).train.index, data.train.index)
-    assert not torch.equal(load("--few-shot", fraction, "--seed", 1).train.index, data.train.index)
-
-
-def test_few_shot_keeps_at_least_one_image_of_a_class():
-    assert cifar.few_shot(torch.tensor([0] * 10 + [1]), 0.1, seed=0).tolist()[-1] == 10
+    assert cifar.few_shot(torch.tensor([0] * 10 + [1]), 0.1, seed=0).tolist()[-1] == 10  # at least one of a class
 
 
 @pytest.mark.parametrize("fraction", [0.1, 1.0])
@@ -174,10 +170,17 @@ def test_label_noise_gives_exactly_that_share_another_label(fraction):
     assert set(shifts) == set(range(1, 100))
     assert max(shifts.values()) < 2 * changed.sum() / 99  # no other class comes twice as often as it should
     assert data.train.labels.min() >= 0 and data.train.labels.max() < 100
-    assert torch.equal(load("--label-noise", fraction).train.labels, data.train.labels)
-    assert not torch.equal(load("--label-noise", fraction, "--seed", 1).train.labels, data.train.labels)
     assert torch.equal(data.train.pixels, pixels)
     assert torch.equal(data.test.labels, generated(False)[1])
+
+
+def test_the_seed_draws_what_is_kept_held_out_and_mislabelled():
+    flags = ("--few-shot", 0.5, "--val-fraction", 0.1, "--label-noise", 0.5)
+    first, again, other = (load(*flags, "--seed", seed) for seed in (0, 0, 1))
+    for part in ("train.index", "train.labels", "val.index"):
+        whole, same, changed = (attrgetter(part)(data) for data in (first, again, other))
+        assert torch.equal(whole, same)
+        assert not torch.equal(whole, changed)
 
 
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=40), st.integers(1, 40))
@@ -191,9 +194,6 @@ def test_a_sample_is_fair_and_takes_the_first_images(labels, size):
         of_class = [i for i, x in enumerate(labels) if x == label]
         assert [i for i in kept if labels[i] == label] == of_class[: counts[label]]
         assert counts[label] == len(of_class) or counts[label] >= max(counts.values()) - 1  # all of it, or a fair share
-    prefix = Counter(labels[:size])
-    if len(prefix) == len(set(labels)) and max(prefix.values()) - min(prefix.values()) <= 1:
-        assert kept == list(range(size))
 
 
 def test_the_same_share_of_every_class_is_held_out():
@@ -204,8 +204,6 @@ def test_the_same_share_of_every_class_is_held_out():
         assert torch.equal(part.pixels, whole.train.pixels[part.index])
         assert torch.equal(part.labels, whole.train.labels[part.index])
     assert data.about["tested"] == 1000
-    assert torch.equal(load("--val-fraction", 0.1).val.index, data.val.index)
-    assert not torch.equal(load("--val-fraction", 0.1, "--seed", 1).val.index, data.val.index)
 
 
 def test_images_are_held_out_before_few_shot_and_label_noise():
@@ -227,5 +225,5 @@ def test_a_class_keeps_an_image_to_train_on():
 
 
 def test_a_batch_larger_than_the_data_set_gets_a_warning(capsys):
-    assert len(next(load("--train-size", 5, "--batch-size", 6).train.batches("teacher", 1, 1)).target) == 5
+    load("--train-size", 5, "--batch-size", 6)
     assert "--batch-size 6 is more than the 5 training images: an epoch is one step" in capsys.readouterr().err
