@@ -171,7 +171,8 @@ def prepare(args: Namespace, run: Run, networks: Networks, method: Method, image
             loss, terms = loss_of(batch)
             sgd.step(loss)
             meter.add(len(batch.target), loss, terms)
-        run.log(epoch, len(images), train=meter.means() | {"first_lr": sgd.lr})
+        then = f"{args.epoch} epochs of the student"
+        run.log(epoch, len(images), then, train=meter.means() | {"first_lr": sgd.lr})
 
 
 def make_first_loss(networks: Networks, method: Method) -> Callable:

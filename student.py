@@ -139,7 +139,8 @@ def train_ss_head(
                 meter.add(len(batch.target), loss, terms)
             trained = meter.means()
             tested = test_ss_head(head, test_features, autocast, f"test after SS head epoch {epoch}")
-            run.log(epoch, len(data.train), train=trained | {"teacher_lr": sgd.lr}, val=tested)
+            then = f"{args.epoch} epochs of the student"
+            run.log(epoch, len(data.train), then, train=trained | {"teacher_lr": sgd.lr}, val=tested)
             sgd.end_epoch()
             if epoch == args.t_epoch:
                 head_file.write(head, run.lines("ss_head"))

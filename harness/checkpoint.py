@@ -1,18 +1,22 @@
 """Reads a network from a checkpoint of this repository, of the published SSKD, or of other repositories.
 
-A checkpoint written here holds a dict "about" beside its weights: arch, dataset, classes (their number), side, mean and
-std (of the images it was trained on) and tested (how many images its accuracy was measured on). Checkpoints from
-elsewhere rarely say what they are, so the names of the file and its folder count, too.
+A checkpoint written here holds a dict "about" beside its weights: arch, dataset, classes (their number), names (of the
+classes), side, mean and std (of the images it was trained on), tested (how many images measured its accuracy) and
+held_out (the --val-fraction and --seed of its training, if images were held out). Checkpoints from elsewhere rarely say
+what they are, so the names of the file and its folder count, too.
 """
 
 import argparse
 import contextlib
+import datetime
 import io
 import math
 import os
+import pathlib
 import pickle
 import re
 import textwrap
+import types
 import warnings
 import zipfile
 from pathlib import Path
@@ -22,22 +26,29 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from harness.files import kind_of
 from harness.flags import UserError
 from models import model_dict
 
-_SUFFIXES = ("", ".pth", ".pt", ".tar", ".ckpt", ".bin")
+_SUFFIXES = ("", ".pth", ".pt", ".tar", ".ckpt", ".bin", ".safetensors")
 _NOT_NETWORKS = ("last.pth", "ss_head_", "features_")  # what a run saves beside its networks
+_COUNTS = ("total_ops", "total_params")
 _KEYS = ("state_dict", "model_state_dict", "model", "net")  # where a checkpoint holds its weights
 # Attributes that hold the network: in DataParallel, torch.compile, distillers, our Wrapper and Lightning.
 _WRAPPERS = {"module", "_orig_mod", "student", "backbone", "model", "net"}
 _SHORT = {"res50": "ResNet50", "mv2": "MobileNetV2", "shuv1": "ShuffleV1", "shuv2": "ShuffleV2"}  # mdistiller's names
-_ABOUT = {"arch": str, "dataset": str, "classes": int, "side": int, "tested": int, "mean": list, "std": list}
+_ABOUT = {"arch": str, "dataset": str, "classes": int, "names": list, "side": int, "mean": list, "std": list}
+_ABOUT |= {"tested": int, "held_out": list}
 
-# RepDistiller saves its flags, a Namespace. Others save NumPy scalars, whose function has one name in NumPy 1 and
-# another in NumPy 2.
-_SCALAR = np.float64(0).__reduce__()[0]
-_SAFE = [argparse.Namespace, np.dtype, *{type(np.dtype(code)) for code in "?efd" + np.typecodes["AllInteger"]}]
-_SAFE += [(_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+# What stands beside the weights of healthy checkpoints and runs no code: flags (RepDistiller saves a Namespace), dates,
+# paths, NumPy's scalars, arrays and random states. Modules of NumPy and pathlib have other names in other versions.
+_SAFE = [argparse.Namespace, types.SimpleNamespace, set, np.ndarray, np.dtype]
+_SAFE += [datetime.datetime, datetime.date, datetime.time, datetime.timedelta, datetime.timezone]
+_SAFE += {type(np.dtype(code)) for code in "?efdFDSUMm" + np.typecodes["AllInteger"]}
+for _made in (np.float64(0).__reduce__()[0], np.zeros(1).__reduce__()[0]):  # scalar, _reconstruct
+    _SAFE += [(_made, f"numpy.{core}.multiarray.{_made.__name__}") for core in ("core", "_core")]
+for _name in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"):
+    _SAFE += [(pathlib.PurePath, f"{module}.{_name}") for module in ("pathlib", "pathlib._local")]
 
 
 class Checkpoint(NamedTuple):
@@ -61,9 +72,13 @@ class Checkpoint(NamedTuple):
         classes = self.about.get("classes", 100) if num_classes is None else num_classes
         with torch.random.fork_rng(devices=[]):
             network = model_dict[self.arch](num_classes=classes)
-        weights = self._unwrapped(first=next(iter(network.state_dict())))
+        own, children = network.state_dict().keys(), dict(network.named_children())
+        weights = self._unwrapped(first=next(iter(own)))
         if self.arch == "MobileNetV2":  # RepDistiller's classifier is a Sequential
             weights = {name.replace("classifier.0.", "classifier."): tensor for name, tensor in weights.items()}
+        # what thop counts, and what a loss has of its own
+        foreign = [x for x in weights if x not in own and (x.endswith(_COUNTS) or x.split(".")[0] not in children)]
+        weights = {name: tensor for name, tensor in weights.items() if name not in foreign}
         try:
             network.load_state_dict(weights)
         except RuntimeError as error:
@@ -72,6 +87,9 @@ class Checkpoint(NamedTuple):
                 f"{self.file}: does not fit {self.arch} with {classes} classes: {misfit}; choose the network and the "
                 f"data set that it was trained with (other repositories may call another network {self.arch})"
             ) from None
+        if foreign:
+            listed = textwrap.shorten(", ".join(foreign), 100, placeholder=" …")
+            print(f"{self.file}: left out what is no part of {self.arch}: {listed}", flush=True)
         for name, tensor in network.state_dict().items():
             if not tensor.isfinite().all():
                 raise UserError(f"{self.file}: '{name}' is not finite: the training diverged; give another checkpoint")
@@ -130,10 +148,12 @@ def find_checkpoint(path: str | Path) -> Path:
     if path.is_file():
         return path
     if not path.is_dir():
-        raise UserError(f"{path}: no such file or folder; give a run folder or a checkpoint file")
+        train = f"python teacher.py --arch {_arch_in_name(path.name) or 'NETWORK'}"
+        raise UserError(f"{path}: no such file or folder; give a run folder or a checkpoint file, or train it: {train}")
     found = []
     for folder in filter(Path.is_dir, (path, path / "ckpt")):
-        files = [file for file in folder.iterdir() if file.is_file() and file.suffix in _SUFFIXES]
+        files = [file for file in folder.iterdir() if file.suffix in _SUFFIXES and not file.name.startswith(".")]
+        files = [file for file in files if file.is_file()]
         if best := [file for file in files if "best" in file.name.lower()]:
             return min(best, key=lambda file: (len(file.name), file.name))
         found += [file for file in files if file.suffix and not file.name.startswith(_NOT_NETWORKS)]
@@ -149,9 +169,21 @@ def run_folder_of(file: Path) -> Path:
     return folder.parent if folder.name == "ckpt" else folder
 
 
+def teacher_name(file: Path) -> str:
+    """The name that a teacher's checkpoint gives its students' folders: its run's folder.
+
+    A folder of several checkpoints, which are not named after networks but for their files, needs the file's name, too.
+    """
+    folder = run_folder_of(file)
+    own = file.parent.name == "ckpt" or _arch_in_name(folder.name)
+    return folder.name if own else f"{folder.name}_{file.stem}"
+
+
 def _load(file: Path) -> dict:
-    """The content of a file that torch.save wrote; empty if it is no dict."""
+    """The content of a file that torch.save or safetensors wrote; empty if it is no dict."""
     data = file.read_bytes()
+    if data[8:10] == b'{"':
+        return _safetensors(file, data)
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals(_SAFE):
             warnings.simplefilter("ignore")  # NumPy warns about scalars that an older NumPy saved
@@ -160,12 +192,43 @@ def _load(file: Path) -> dict:
                 raise zipfile.BadZipFile
             content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # damaged bytes fail in many ways
-        refused = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
+        refused = isinstance(error, pickle.UnpicklingError) and re.search(
+            r"(?:GLOBAL |got <class ')([^\s']+)", str(error)
+        )
         reason = "is not a PyTorch checkpoint, or is damaged or truncated; download or save it again"
-        if refused:
-            reason = f"holds a Python object ({refused[1]}), which could run code; save the state dict alone"
+        if kind := _kind_of_archive(data) or kind_of(data) or ("an ONNX file" if file.suffix == ".onnx" else None):
+            reason = f"is {kind}; give a checkpoint, such as a run's folder"
+        elif refused:
+            plainly = "save the state dict alone: torch.save(network.state_dict(), FILE)"
+            reason = f"holds a Python object ({refused[1]}), which could run code; {plainly}"
         raise UserError(f"{file}: {reason}") from None
     return content if isinstance(content, dict) else {}
+
+
+def _safetensors(file: Path, data: bytes) -> dict:
+    try:
+        import safetensors.torch  # an optional package
+    except ImportError:
+        raise UserError(f"{file}: to read this format, `pip install safetensors`") from None
+    try:
+        return safetensors.torch.load(data)
+    except Exception:  # the package's own kind of error
+        raise UserError(f"{file}: is damaged or truncated; download or save it again") from None
+
+
+def _kind_of_archive(data: bytes) -> str | None:
+    """What a zip archive holds, if it is no checkpoint."""
+    with contextlib.suppress(zipfile.BadZipFile), zipfile.ZipFile(io.BytesIO(data)) as archive:
+        names = archive.namelist()
+        if any(name.endswith("models/model.json") for name in names):
+            return "an exported network (.pt2)"
+        if any("/code/" in name for name in names):
+            return "a TorchScript program"
+        if any(name.endswith(".npy") for name in names):
+            return "an archive of NumPy arrays"
+        if not any(name.endswith("data.pkl") for name in names):
+            return "a zip archive: unpack it"
+    return None
 
 
 def _choose_arch(file: Path, told: object, arch: str | None) -> str:

@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import math
+import os
 import re
 import sys
 from collections.abc import Callable, Mapping
@@ -55,13 +56,32 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
         return super()._get_help_string(action)
 
 
+_HINTS = {  # flags of other repositories, and what does the same here
+    "unrecognized arguments: --resume": "a run that was stopped continues when its command is repeated",
+    "unrecognized arguments: --method": "baseline.py trains by a compared method: python baseline.py --method …",
+    "argument --method: invalid choice: 'sskd'": "SSKD itself is student.py",
+}
+
+
 class Parser(argparse.ArgumentParser):
-    """An argparse parser that raises UserError on a wrong flag and shows defaults in its help."""
+    """An argparse parser that raises UserError on a wrong flag, shows defaults in its help and expands ~ in paths."""
 
     def __init__(self, description: str, **more: Any):
         super().__init__(description=description, **{"formatter_class": _Help, "allow_abbrev": False} | more)
 
+    def parse_known_args(self, *given: Any) -> tuple[argparse.Namespace, list[str]]:
+        args, rest = super().parse_known_args(*given)
+        for name, value in vars(args).items():  # the shell leaves the ~ of --flag=~/path as it is
+            if isinstance(value, str):
+                setattr(args, name, os.path.expanduser(value))
+            elif isinstance(value, list):
+                setattr(args, name, [os.path.expanduser(x) if isinstance(x, str) else x for x in value])
+        return args, rest
+
     def error(self, message: str) -> NoReturn:
+        for words, hint in _HINTS.items():
+            if words in message:
+                raise UserError(f"{message}: {hint}")
         if wrong := re.search(r"(?:unrecognized arguments: |invalid choice: ')([^\s'=]+)", message):
             known = [word for action in self._actions for word in (*action.option_strings, *(action.choices or ()))]
             by_lower = {str(word).lower(): word for word in known}
@@ -90,7 +110,8 @@ def number(kind: type, low: float, high: float = 10**9, above: bool = False) -> 
         if not low <= value <= high or (above and value == low):
             what = "a whole number" if kind is int else "a number"
             bound = f"above {low}" if above else f"of at least {low}"
-            raise argparse.ArgumentTypeError(f"{text!r} is not {what} {bound} and at most {high}")
+            hint = "; separate numbers by spaces" if "," in text else ""
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what} {bound} and at most {high}{hint}")
         return value
 
     return parse
@@ -208,7 +229,10 @@ def settings(args: argparse.Namespace, identity: Mapping[str, Any]) -> dict[str,
 
 
 def warn_of_schedule(args: argparse.Namespace) -> None:
-    """Warns if a learning rate never falls."""
+    """Warns if a learning rate never falls, or is not the one that a network was published with."""
+    network = getattr(args, "arch", None) or getattr(args, "s_arch", None)
+    if network in LOW_RATE and args.lr == 0.05:
+        warn(f"--lr 0.05: {network} was published with --lr 0.01")
     for prefix in ("", "t_"):
         epochs, milestones = getattr(args, f"{prefix}epoch", 1), getattr(args, f"{prefix}milestones", [])
         if milestones and 1 < epochs <= milestones[0]:

@@ -16,6 +16,7 @@ import platform
 import signal
 import subprocess
 import sys
+import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -29,7 +30,7 @@ from tensorboardX.event_file_writer import EventFileWriter, EventsWriter
 from tensorboardX.proto.event_pb2 import Event
 from torch import Tensor
 
-from harness.files import lock, plain, read_state, restoring, save, write_atomically
+from harness.files import digest, lock, plain, read_state, restoring, save, write_atomically
 from harness.flags import Fault, UserError, tell, warn
 
 CONDITIONS = "commit", "python", "torch", "device", "threads"  # the last digits of a run may depend on them
@@ -53,15 +54,24 @@ def entry(main: Callable) -> Callable:
 
     @functools.wraps(main)
     def guarded(argv: list[str] | None = None) -> None:
-        handlers = {number: signal.signal(number, _stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        signals = (signal.SIGINT, signal.SIGTERM)
+        if threading.current_thread() is not threading.main_thread():  # other threads get no signals
+            signals = ()
+        handlers = {number: signal.signal(number, _stop) for number in signals}
         try:
             return main(argv)
         except UserError as error:
             status, line = 2, f"error: {error}"
         except RuntimeError as error:
-            if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+            if type(error).__name__ in ("InductorError", "BackendCompilerFailed"):
+                reason = str(error).partition("\n")[0]
+                advice = "it needs a C++ compiler, and a TMPDIR without spaces; everything works without --compile"
+                status, line = 1, f"error: --compile: {reason}; {advice}"
+            elif isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
+                advice = "a smaller --batch-size needs less; if the images alone do not fit, use fewer of them"
+                status, line = 1, f"error: the device is out of memory; {advice}"
+            else:
                 raise
-            status, line = 1, "error: the device is out of memory; a smaller --batch-size needs less"
         except (Fault, OSError, MemoryError) as error:
             status, line = 1, f"error: {str(error) or type(error).__name__}"
         except Stopped as stop:
@@ -191,6 +201,8 @@ class Run:
         Each of the `parts` (a model, an SGD: whatever has a state dict) is restored before the first of these epochs
         and saved after each. A complete phase yields nothing; of its parts those are restored that the running phase
         saves, too (for example the teacher's SS head).
+
+        Before each epoch torch's generators are seeded by (seed, phase, epoch), for networks with dropout.
         """
         saved = self.state["parts"]
         with restoring(self.ckpt / "last.pth"):
@@ -201,6 +213,7 @@ class Run:
         self.phase, self.total = phase, epochs
         first = self.state["epoch"] + 1 if self.state["phase"] == phase else 1
         for epoch in range(first, epochs + 1):
+            torch.manual_seed(int(digest([self.settings.get("seed"), phase, epoch])[:15], 16))
             yield epoch
             self._check_folder()
             self.state |= {"phase": phase, "epoch": epoch, "seconds": time.monotonic() - self._began}
@@ -230,26 +243,28 @@ class Run:
             self.state["best"] = {"name": name, "acc": acc, "epoch": checkpoint["epoch"]}
             self.keep(name, checkpoint)
 
-    def log(self, epoch: int, images: int, **splits: Mapping[str, float | None]) -> None:
+    def log(self, epoch: int, images: int, then: str = "", **splits: Mapping[str, float | None]) -> None:
         """Logs an epoch over `images` training images, by split (`train`, `val`), and prints a line.
 
-        A value of None is left out. The log holds no time, so that a resumed run leaves the same log.
+        A value of None is left out. `then` says in words what comes after this phase. A resumed run leaves the same log
+        but for the seconds.
         """
         scalars = {f"{split}/{name}": value for split, values in splits.items() for name, value in values.items()}
         scalars = {tag: value for tag, value in scalars.items() if value is not None}
         finite = {tag: value if math.isfinite(value) else None for tag, value in scalars.items()}
-        self._add_line({"phase": self.phase, "epoch": epoch, **finite})
         now = time.monotonic()
         seconds, self._mark = now - self._mark, now
+        self._add_line({"phase": self.phase, "epoch": epoch, "seconds": round(seconds, 1), **finite})
         self._add_events(epoch, summary.scalar(f"speed/{self.phase}_images_per_second", images / seconds))
         left = datetime.timedelta(seconds=round(seconds * (self.total - epoch)))
         shown = "  ".join(f"{tag} {value:{'.2f' if '_acc' in tag else '.4g'}}" for tag, value in scalars.items())
-        speed = f"{seconds:.1f} s, {images / seconds:.0f} images/s, {left} left"
+        speed = f"{seconds:.1f} s, {images / seconds:.0f} images/s, {left} left{then and f', then {then}'}"
         print(f"{self.phase} {epoch}/{self.total}  {shown}  {speed}", flush=True)
 
     def _add_line(self, line: dict[str, Any]) -> None:
         self.state["log"].append(line)
-        self._add_events(line["epoch"], *(summary.scalar(tag, x) for tag, x in line.items() if isinstance(x, float)))
+        scalars = ((tag, x) for tag, x in line.items() if "/" in tag and x is not None)
+        self._add_events(line["epoch"], *(summary.scalar(tag, x) for tag, x in scalars))
 
     def _add_events(self, epoch: int, *summaries: Any) -> None:
         """Adds summaries to the TensorBoard events and flushes them, so that a full disk is noticed here."""

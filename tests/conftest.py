@@ -46,6 +46,8 @@ def contents(folder):
         name = str(path.relative_to(folder))
         if path.suffix == ".json":
             found[name] = plain(json.loads(path.read_text()))
+        elif path.suffix == ".jsonl":
+            found[name] = [plain(json.loads(line)) for line in path.read_text().splitlines()]
         elif path.suffix == ".pth":
             content = torch.load(path, weights_only=True)
             if path.name == "last.pth":  # it holds the best checkpoint, and whatever else was just written

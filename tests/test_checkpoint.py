@@ -1,9 +1,15 @@
 """harness.checkpoint: which checkpoint, which network, whose weights."""
 
 import argparse
+import datetime
 import io
 import math
-from pathlib import Path
+import random
+import sys
+from argparse import Namespace
+from collections import defaultdict
+from pathlib import Path, PureWindowsPath
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +17,7 @@ import torch
 from oracle import NAMES, fill
 from torch import Tensor, nn
 
-from harness.checkpoint import find_checkpoint, read, run_folder_of
+from harness.checkpoint import find_checkpoint, read, run_folder_of, teacher_name
 from harness.flags import UserError
 from models import load, model_dict
 
@@ -271,7 +277,7 @@ def test_the_reported_accuracy_is_read_whatever_kind_of_number_it_is(numpy, cont
 WRONG_WEIGHTS = {
     "does not fit resnet14 with 100 classes: Missing key(s) in state_dict": lambda s: prefixed(s, "module."),
     "does not fit resnet8 with 10 classes: size mismatch for fc.weight": lambda s: prefixed(s, "module."),
-    'Unexpected key(s) in state_dict: "fc2.bias"': lambda s: s | {"fc2.bias": torch.ones(3)},
+    'Unexpected key(s) in state_dict: "layer1.1.bias"': lambda s: s | {"layer1.1.bias": torch.ones(3)},
     "holds several networks, under student. and model.": lambda s: prefixed(s, "student.") | prefixed(s, "model."),
     "'fc.bias' is not finite: the training diverged": lambda s: s | {"fc.bias": torch.full((100,), math.nan)},
     "holds no state dict": lambda s: {"state_dict": {}, "acc": 70.0},
@@ -293,7 +299,7 @@ def test_the_file_that_a_run_resumes_from_is_refused(state, tmp_path):
 @pytest.mark.parametrize("zipped", [True, False])
 def test_a_file_that_is_no_checkpoint_or_is_truncated_is_refused(zipped, state, tmp_path):
     file = save(state, tmp_path / "best.pth", zipped)
-    for content in (file.read_bytes()[:-1000], b"", b"hello\n"):
+    for content in (file.read_bytes()[:-1000], b"hello\n"):
         file.write_bytes(content)
         assert "is not a PyTorch checkpoint, or is damaged or truncated" in complaint(file, arch="resnet8")
 
@@ -334,3 +340,94 @@ class Surprise:
 def test_a_pickle_with_objects_is_refused_and_not_run(content, named, state, tmp_path):
     message = complaint(save({"state_dict": state, "extra": content}, tmp_path / "best.pth"), arch="resnet8")
     assert f"holds a Python object ({named}" in message and "save the state dict alone" in message
+
+
+# --- what people give by accident ---
+
+
+def exported_program(file):
+    program = torch.export.export(nn.Linear(1, 1), (torch.ones(1, 1),))
+    torch.export.save(program, file)
+
+
+@pytest.mark.parametrize(
+    ("name", "write", "says"),
+    [
+        ("a.pt2", exported_program, "is an exported network (.pt2)"),
+        ("a.onnx", lambda file: file.write_bytes(b"\x08\x0a\x12\x07pytorch"), "is an ONNX file"),
+        ("a.npz", lambda file: np.savez(file, a=np.ones(3)), "is an archive of NumPy arrays"),
+        ("a.h5", lambda file: file.write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(100)), "is an HDF5 file"),
+        ("best.pth", lambda file: file.write_bytes(b"<!DOCTYPE html>\n<html>"), "is an HTML page"),
+        ("best.pth", lambda file: file.write_bytes(b"version https://git-lfs.github.com/spec/v1"), "a Git LFS pointer"),
+        ("best.pth", lambda file: file.write_bytes(b""), "is an empty file"),
+    ],
+)
+def test_a_file_of_another_kind_is_told_what_it_is(name, write, says, tmp_path):
+    write(tmp_path / name)
+    message = complaint(tmp_path / name, arch="resnet8")
+    assert says in message and "damaged" not in message
+
+
+def test_safetensors_are_read_and_a_damaged_file_is_refused(state, tmp_path):
+    save_file = pytest.importorskip("safetensors.torch").save_file
+    file = tmp_path / "resnet8.safetensors"
+    save_file({name: value.contiguous() for name, value in state.items()}, file)
+    assert_holds(load(tmp_path), state)
+    file.write_bytes(file.read_bytes()[:-8])
+    assert "is damaged or truncated" in complaint(file)
+
+
+def test_without_the_library_a_safetensors_file_is_told_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    (tmp_path / "resnet8.safetensors").write_bytes(b'\x02\0\0\0\0\0\0\0{"}')
+    assert "pip install safetensors" in complaint(tmp_path)
+
+
+BESIDE = {
+    "NumPy scalars": [np.float32(1), np.bool_(True), np.str_("a"), np.complex64(1)],
+    "arrays": {"confusion": np.ones((2, 2)), "names": np.array(["cat", "dog"]), "when": np.array(["2020"], "M8[s]")},
+    "dates": [datetime.datetime(2020, 1, 2, tzinfo=datetime.timezone.utc), datetime.timedelta(1)],  # noqa: UP017
+    "random states": [random.getstate(), np.random.get_state(), torch.get_rng_state()],
+    "paths": [Path("a/b"), PureWindowsPath("a")],
+    "flags": [Namespace(lr=0.1), SimpleNamespace(lr=0.1), {1, 2}, defaultdict(list, a=[1])],
+}
+
+
+@pytest.mark.parametrize("what", BESIDE)
+@pytest.mark.parametrize("zipped", [True, False])
+def test_what_healthy_checkpoints_hold_beside_the_weights_is_no_reason_to_refuse_them(what, zipped, state, tmp_path):
+    file = save({"state_dict": state, "acc": 70.0, "more": BESIDE[what]}, tmp_path / "resnet8.pth", zipped)
+    assert_holds(load(file), state)
+
+
+def test_counters_and_a_losss_own_tensors_are_listed_and_left_out(state, tmp_path, capsys):
+    more = {
+        "total_ops": torch.ones(1),
+        "layer1.0.conv1.total_params": torch.ones(1),
+        "criterion.centres": torch.ones(3),
+    }
+    assert_holds(load(save(prefixed(state | more, "module."), tmp_path / "resnet8.pth")), state)
+    assert f"left out what is no part of resnet8: {', '.join(more)}" in capsys.readouterr().out
+    deeper = fill(model_dict["resnet14"]()).state_dict()  # resnet8's names are among its own
+    assert "Unexpected key(s)" in complaint(save(deeper, tmp_path / "deeper.pth"), arch="resnet8")
+
+
+def test_what_macos_leaves_beside_a_checkpoint_is_none(state, tmp_path):
+    save(state, tmp_path / "resnet8.pth")
+    (tmp_path / "._resnet8.pth").write_bytes(b"Mac OS X")
+    (tmp_path / "._best.pth").write_bytes(b"Mac OS X")
+    assert find_checkpoint(tmp_path) == tmp_path / "resnet8.pth"
+
+
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [
+        ("teacher_vgg13_seed0/ckpt/best.pth", "teacher_vgg13_seed0"),
+        ("resnet32x4_vanilla/ckpt_epoch_240.pth", "resnet32x4_vanilla"),
+        ("mine/ckpt/best.pth", "mine"),
+        ("downloads/a_vgg13.pth", "downloads_a_vgg13"),
+        ("downloads/wrn_40_2.pth", "downloads_wrn_40_2"),
+    ],
+)
+def test_a_teachers_name_tells_it_from_its_neighbours(file, name, tmp_path):
+    assert teacher_name(tmp_path / file) == name

@@ -91,6 +91,33 @@ def test_a_learning_rate_that_never_falls_gets_a_warning(capsys):
     ]
 
 
+@pytest.mark.parametrize("words", ["--s-arch MobileNetV2", "--s-arch ShuffleV2 --lr 0.05", "--s-arch vgg8"])
+def test_a_network_with_another_published_rate_gets_a_warning(words, capsys):
+    flags.warn_of_schedule(student.parse_args([*STUDENT[:2], *words.split()]))
+    expected = "" if "vgg8" in words else f"warning: --lr 0.05: {words.split()[1]} was published with --lr 0.01\n"
+    assert capsys.readouterr().err == expected
+
+
+@pytest.mark.parametrize("flag", ["experiments", "data-root", "t-path", "export"])
+def test_a_home_folder_is_expanded_in_every_path(flag, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    args = student.parse_args([*STUDENT, f"--{flag}=~/a.pt2"])
+    assert getattr(args, flag.replace("-", "_")) == str(tmp_path / "a.pt2")
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "says"),
+    [
+        (teacher, "--milestones 150,180,210", "separate numbers by spaces"),
+        (teacher, "--resume runs/x", "continues when its command is repeated"),
+        (student, "--method kd", "python baseline.py --method"),
+        (baseline, "--method sskd", "SSKD itself is student.py"),
+    ],
+)
+def test_flags_of_other_repositories_are_told_what_does_the_same_here(script, words, says, fails):
+    assert says in fails(script.main, *words.split())
+
+
 def test_a_terminal_that_lacks_a_letter_shows_its_code(monkeypatch):
     ascii_only = io.TextIOWrapper(io.BytesIO(), "ascii", write_through=True)
     monkeypatch.setattr(sys, "stdout", ascii_only)
