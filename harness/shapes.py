@@ -11,11 +11,8 @@ def synthetic(train: bool, size: int | None = None) -> tuple[Tensor, Tensor]:
     """A stand-in for CIFAR-100 that needs no file: accuracy on it says nothing about photographs.
 
     100 classes = 5 shapes × 5 hues × 4 textures, at random places, sizes and brightness on a noisy, dark ground: simple
-    enough to learn in the few hundred steps of the demo.
-
-    Returns:
-        The first `size` of 10,000 (training) or 2,000 (test) images (N, 32, 32, 3) uint8 and their labels (N,), which
-        are always the same.
+    enough to learn in a few hundred steps. Returns the first `size` of 10,000 (training) or 2,000 (test) images
+    (N, 32, 32, 3) uint8 and their labels (N,), which are always the same.
     """
     count, rng = (10_000, np.random.default_rng(1)) if train else (2_000, np.random.default_rng(2))
     labels = rng.permuted(np.tile(np.arange(100), (count // 100, 1)), axis=1).ravel()[:size]  # every 100 hold each once

@@ -8,7 +8,6 @@ import argparse
 import contextlib
 import hashlib
 import os
-import shutil
 import warnings
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -16,8 +15,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit
-from urllib.request import url2pathname
+from urllib.request import urlretrieve
 
 import numpy as np
 import torch
@@ -101,11 +99,7 @@ class Source:
 
 
 def read(
-    name: str,
-    root: str | Path,
-    side: int | None = None,
-    url: str | None = None,
-    sizes: tuple[int | None, int | None] = (None, None),
+    name: str, root: str | Path, side: int | None = None, url: str | None = None, sizes: tuple = (None, None)
 ) -> Source:
     """The data set `name`, from the folder `root` or, for an archive that is not there, from `url` or its own server.
 
@@ -117,19 +111,19 @@ def read(
         UserError: files are missing or damaged and could not be downloaded; `side` is not for this data set.
     """
     root = Path(root)
-    if name == "folder":
-        with alone(root / ".lock", f"data: waiting for another process that reads {root}"):
-            return _own_folders(root, side or SIDE)
-    if side not in (None, SIDE):
-        raise UserError(f"--side {side} is for --dataset folder; the images of {name} have {SIDE} × {SIDE} pixels")
-    if name == "synthetic":
-        print("data: synthetic shapes; accuracy says nothing about photographs", flush=True)
-        splits = [Split(*synthetic(train, size)) for train, size in zip((True, False), sizes, strict=True)]
-    else:
+    if name != "folder":
+        if side not in (None, SIDE):
+            raise UserError(f"--side {side} is for --dataset folder; the images of {name} have {SIDE} × {SIDE} pixels")
+        if name == "synthetic":
+            print("data: synthetic shapes; accuracy says nothing about photographs", flush=True)
+            splits = [Split(*synthetic(train, size)) for train, size in zip((True, False), sizes, strict=True)]
+            return Source(name, *splits, CLASSES[name], *STATISTICS[name])
         with contextlib.suppress(OSError):
             root.mkdir(parents=True, exist_ok=True)
-        with alone(root / ".lock", f"data: waiting for another process that reads {root}"):
-            splits = _cifar100(root, url) if name == "cifar100" else _archive(name, root, url)
+    with alone(root / ".lock", f"data: waiting for another process that reads {root}"):
+        if name == "folder":
+            return _own_folders(root, side or SIDE)
+        splits = _cifar100(root, url) if name == "cifar100" else _archive(name, root, url)
     return Source(name, *splits, CLASSES[name], *STATISTICS[name])
 
 
@@ -145,45 +139,39 @@ def read_for(args: argparse.Namespace, about: Mapping[str, Any], file: Path | No
     name = args.dataset or trained_on
     if name not in DATASETS:
         raise UserError(f"{file}: it was trained on {name:.80}, a data set unknown here; give --dataset")
-    classes = about.get("classes")
-
-    def check(found: int) -> None:
-        if classes not in (None, found):
-            raise UserError(f"{file}: it was trained on {trained_on:.80}, {classes} classes; {name} has {found}")
-
     if name in CLASSES:
-        check(len(CLASSES[name]))  # before anything is downloaded
+        _check_classes(about, len(CLASSES[name]), name, file)  # before anything is downloaded
+    side = args.side
     if name != trained_on:
         warn(f"{file} says that it was trained on {trained_on:.80}, not on {name}; without --dataset that is taken")
     elif not args.dataset and name != "cifar100":
         print(f"data: {name}, because {file} was trained on it", flush=True)
-    side = args.side
-    if name == trained_on == "folder" and side is None:
-        side = about.get("side")
+    if name == trained_on == "folder":
+        side = side or about.get("side")
     source = read(name, args.data_root, side, args.data_url, (args.train_size, args.test_size))
-    check(len(source.classes))
+    _check_classes(about, len(source.classes), name, file)
     return source
+
+
+def _check_classes(about: Mapping[str, Any], found: int, name: str, file: Path | None) -> None:
+    if (classes := about.get("classes", found)) != found:
+        raise UserError(f"{file}: it was trained on {about.get('dataset')}, {classes} classes; {name} has {found}")
 
 
 # ------------------------------------------------------------------------------------------------------------ archives
 
 
 def _archive(name: str, root: Path, url: str | None) -> list[Split]:
-    """Training and test split of an archive, which torchvision downloads if need be, checks and unpacks.
-
-    Raises:
-        UserError: the archive is damaged, or missing and could not be downloaded.
-    """
+    """Training and test split of an archive, which torchvision downloads if need be, checks and unpacks."""
     dataset = {"cifar100": tv.CIFAR100, "cifar10": tv.CIFAR10}[name]
     mirrored, archive = type(dataset.__name__, (dataset,), {"url": url or dataset.url}), root / dataset.filename
     try:
         if url and url.startswith("file:") and not tv.utils.check_integrity(archive, dataset.tgz_md5):
-            shutil.copyfile(url2pathname(urlsplit(url).path), archive)  # torchvision reads http only
+            urlretrieve(url, archive)  # torchvision reads http only
         halves = [mirrored(str(root), train=train, download=True) for train in (True, False)]
     except Exception as error:  # urllib, tarfile, pickle and torchvision each raise their own
-        reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
-            f"{name} could not be read from or downloaded to {root} ({reason}); put {dataset.filename} into {root}, "
+            f"{name} could not be read from or downloaded to {root} ({error!r}); put {dataset.filename} into {root}, "
             "or name a mirror of this file with --data-url"
         ) from error
     return [Split(torch.from_numpy(half.data), torch.tensor(half.targets)) for half in halves]
@@ -193,9 +181,6 @@ def _cifar100(root: Path, url: str | None) -> list[Split]:
     """CIFAR-100 from class folders below `root`, if there are any, else from the archive; kept in root/cifar100.npz.
 
     Either way these are the same images in the same order, and their content is checked.
-
-    Raises:
-        UserError: an image is missing, damaged, changed, in the wrong class, or one too many.
     """
     kept = root / "cifar100.npz"
     if splits := _load(kept, "checked"):
@@ -222,13 +207,8 @@ def _cifar100(root: Path, url: str | None) -> list[Split]:
 def in_hash_order(pixels: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, str]:
     """An order of images that does not depend on where they come from, and a digest of their content.
 
-    Args:
-        pixels: (N, 32, 32, 3) uint8.
-        labels: (N,) below 256.
-
-    Returns:
-        The order (N,) by the SHA-256 of an image's bytes, ties by label. The SHA-256 over the sorted SHA-256 digests of
-        each image's bytes and label.
+    The images (N, 32, 32, 3) uint8 are ordered by the SHA-256 of their bytes, ties by label (N,). The digest is the
+    SHA-256 over the sorted SHA-256 digests of each image's bytes and label.
     """
     keys, contents = [], []
     for image, label in zip(np.ascontiguousarray(pixels), labels.tolist(), strict=True):
@@ -266,39 +246,28 @@ def _keep(kept: Path, name: str, splits: list[Split]) -> None:
 def class_files(folder: Path) -> dict[str, list[Path]]:
     """The image files (see `SUFFIXES`) of each class, at any depth below folder/CLASS; both in alphabetical order."""
     places = sorted(place for place in folder.iterdir() if place.is_dir() and not place.name.startswith("."))
-    return {
-        place.name: sorted(
-            file
-            for file in place.rglob("*")
-            if file.suffix.lower() in SUFFIXES and not file.name.startswith(".") and file.is_file()
-        )
-        for place in places
-    }
+
+    def is_image(file: Path) -> bool:
+        return file.suffix.lower() in SUFFIXES and not file.name.startswith(".") and file.is_file()
+
+    return {place.name: sorted(filter(is_image, place.rglob("*"))) for place in places}
 
 
 def _own_folders(root: Path, side: int) -> Source:
-    """The images in root/{train, test or val}/CLASS/ as squares, kept in the root until a file changes.
-
-    Raises:
-        UserError: a split is missing, a class has no image, or the splits have other classes.
-    """
+    """The images in root/{train, test or val}/CLASS/ as squares, kept in the root until a file changes."""
     test = "test" if (root / "test").is_dir() or not (root / "val").is_dir() else "val"
-    layout = f"--data-root needs train/CLASS/ and test/CLASS/ (or val/CLASS/) with images ({' '.join(SUFFIXES)})"
+    layout = "--data-root needs train/CLASS/ and test/CLASS/ (or val/CLASS/) with images, and at least 2 classes"
     found = []
     for folder in (root / "train", root / test):
-        if not folder.is_dir():
-            raise UserError(f"{folder}: no such folder; {layout}")
-        found.append(class_files(folder))
-        if empty := [name for name, files in found[-1].items() if not files]:
-            raise UserError(f"{folder / empty[0]} holds no image; {layout}")
-    if differing := sorted(set(found[0]) ^ set(found[1])):
+        classes = class_files(folder) if folder.is_dir() else {}
+        if len(classes) < 2:
+            raise UserError(f"{folder}: {'too few class folders' if folder.is_dir() else 'no such folder'}; {layout}")
+        if empty := [name for name, files in classes.items() if not files]:
+            raise UserError(f"{folder / empty[0]} holds no image ({' '.join(SUFFIXES)}); {layout}")
+        found.append(classes)
+    if differing := sorted(found[0].keys() ^ found[1].keys()):
         where, other = ("train", test) if differing[0] in found[0] else (test, "train")
-        more = f" (and {len(differing) - 1} more)" if len(differing) > 1 else ""
-        raise UserError(
-            f"class {differing[0]} is in {root / where} but not in {root / other}{more}: both need the same classes"
-        )
-    if len(found[0]) < 2:
-        raise UserError(f"{root / 'train'} has {len(found[0])} class folders, needs at least 2; {layout}")
+        raise UserError(f"class {differing[0]} is in {root / where} but not in {root / other}: both need the same ones")
 
     files = [file for classes in found for of_class in classes.values() for file in of_class]
     kept, name = root / f"class_folders_{side}.npz", _digest_of(root, files)
@@ -319,11 +288,7 @@ def _digest_of(root: Path, files: list[Path]) -> str:
 
 
 def _split_of(classes: dict[str, list[Path]], side: int, what: str) -> Split:
-    """The images of all classes as squares, decoded in parallel, with a progress bar.
-
-    Raises:
-        UserError: an image can't be read; names it.
-    """
+    """The images of all classes as squares, decoded in parallel, with a progress bar."""
     files = [file for of_class in classes.values() for file in of_class]
     labels = [label for label, of_class in enumerate(classes.values()) for _ in of_class]
     pixels = np.empty((len(files), side, side, 3), np.uint8)
@@ -350,8 +315,7 @@ def square(path: Path, side: int) -> np.ndarray:
         with Image.open(path) as image:
             picture = as_rgb(image)
     except Exception as error:  # Pillow raises many kinds for damaged files
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{path} cannot be read as an image ({reason}); fetch it again, or remove it") from error
+        raise UserError(f"{path} cannot be read as an image ({error!r}); fetch it again, or remove it") from error
     return np.asarray(tvf.center_crop(tvf.resize(picture, side), side))
 
 
@@ -377,10 +341,7 @@ def as_rgb(image: Image.Image) -> Image.Image:
 
 def statistics(pixels: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of each channel of (N, side, side, 3) uint8, in [0, 1]; 1 for a constant channel."""
-    counts = torch.zeros(3, 256, dtype=torch.float64)
-    for part in pixels.split(1000):
-        for channel, values in enumerate(part.flatten(0, 2).unbind(1)):
-            counts[channel] += torch.bincount(values, minlength=256)
+    counts = torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in pixels.unbind(3)]).double()
     value = torch.arange(256, dtype=torch.float64) / 255
     share = counts / counts.sum(1, keepdim=True)
     mean = share @ value
