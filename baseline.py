@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import cifar
 import utils
 from harness import checkpoint, flags, sources
-from harness.checkpoint import run_folder_of
+from harness.checkpoint import teacher_name
 from harness.export import export
 from harness.record import Run, entry
 from methods import METHODS, Method, Outputs, kd_loss, set_phase
@@ -79,7 +79,7 @@ def train(args: Namespace) -> Path:
     source = sources.read_for(args, found.about, found.file)
     network = found.network(len(source.classes))
     identity = source.identity | {"teacher": fingerprint(network)}
-    run = Run(run_folder(args, run_folder_of(found.file).name), flags.settings(args, identity))
+    run = Run(run_folder(args, teacher_name(found.file)), flags.settings(args, identity))
     if run.finished():
         return run.folder
     flags.warn_of_schedule(args)
@@ -96,7 +96,7 @@ def train(args: Namespace) -> Path:
     method = make_method(args, networks, data.train, found.arch)
 
     reported = report_teacher(found, network, data, autocast)
-    run.start(device, teacher=reported, **utils.sizes(source.side, student, network))
+    run.start(device, teacher=reported, images=source.counts, **utils.sizes(source.side, student, network))
     table = features(args, found.file, identity, data.train, teacher)
     if method.first_phase:
         prepare(args, run, networks, method, data.train)

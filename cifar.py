@@ -227,9 +227,9 @@ class Data(NamedTuple):
     """A data set in use."""
 
     train: Images
-    val: Images  # the best epoch is chosen on these: the held-out images of --val-fraction, else the test images
+    val: Images  # the best epoch is chosen on these: held-out images, the data set's own val/, else the test images
     test: Images
-    about: dict  # what a checkpoint says of its data: `Source.about`, and `tested`, the number of `val` images
+    about: dict  # what a checkpoint says of its data: see harness/checkpoint.py
 
 
 def load(source: Source, args: Namespace, device: torch.device | str) -> Data:
@@ -247,9 +247,15 @@ def load(source: Source, args: Namespace, device: torch.device | str) -> Data:
         chosen = Split(split.pixels[rows], split.labels[rows])
         return Images(chosen, (source.mean, source.std), device, args.batch_size, args.seed, rows)
 
-    rows = sample(source.train.labels, args.train_size)
+    rows, about = sample(source.train.labels, args.train_size), dict(source.about)
     val = test = images(source.test, sample(source.test.labels, args.test_size))
+    if source.val is not None:
+        if args.val_fraction is not None:
+            raise UserError("--val-fraction: the best epoch is chosen on the images in val/; leave the flag out")
+        val = images(source.val, torch.arange(len(source.val.labels)))
+        print("data: the best epoch is chosen on the images in val/, and tested once at the end", flush=True)
     if args.val_fraction is not None:
+        about["held_out"] = [args.val_fraction, args.seed]
         held = held_out(source.train.labels[rows], args.val_fraction, args.seed)
         if not len(held):
             raise UserError(f"--val-fraction {args.val_fraction}: no class has two training images; use more of them")
@@ -265,7 +271,7 @@ def load(source: Source, args: Namespace, device: torch.device | str) -> Data:
     if args.batch_size > len(train):
         more = f"--batch-size {args.batch_size} is more than the {len(train)} training images"
         warn(f"{more}: an epoch is one step")
-    return Data(train, val, test, source.about | {"tested": len(val)})
+    return Data(train, val, test, about | {"tested": len(val)})
 
 
 @entry

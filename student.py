@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import cifar
 import utils
 from harness import checkpoint, flags, sources
-from harness.checkpoint import run_folder_of
+from harness.checkpoint import teacher_name
 from harness.export import export
 from harness.record import Run, entry
 from losses import VIEWS, SSKDTerms, positives, similarity_matrix, split_views, ss_head_loss, sskd_terms
@@ -81,7 +81,7 @@ def train(args: Namespace) -> Path:
     source = sources.read_for(args, found.about, found.file)
     network = found.network(len(source.classes))
     identity = source.identity | {"teacher": fingerprint(network)}
-    run = Run(run_folder(args, run_folder_of(found.file).name), flags.settings(args, identity))
+    run = Run(run_folder(args, teacher_name(found.file)), flags.settings(args, identity))
     if run.finished():
         return run.folder
     flags.warn_of_schedule(args)
@@ -96,7 +96,7 @@ def train(args: Namespace) -> Path:
     teacher = Wrapper(frozen(network, maps=False)).to(device).eval()
 
     reported = report_teacher(found, network, data, utils.precision(args.amp, device))
-    run.start(device, teacher=reported, **utils.sizes(source.side, student.backbone, network))
+    run.start(device, teacher=reported, images=source.counts, **utils.sizes(source.side, student.backbone, network))
     table = features(args, found.file, identity, data.train, teacher.backbone)
     train_ss_head(args, run, teacher, data, table, SSHeadFile(args, found.file, identity, device))
     run.keep("teacher.pth", teacher.unfolded_state(network))

@@ -58,7 +58,7 @@ def train(args: Namespace) -> None:
 
     model = model_dict[args.arch](num_classes=len(source.classes))
     check_network(model, args.arch, len(source.classes), source.side)
-    run.start(device, **utils.sizes(source.side, model))
+    run.start(device, images=source.counts, **utils.sizes(source.side, model))
     model.to(device, memory_format=torch.channels_last)  # convolutions are fastest in this layout
     autocast = utils.precision(args.amp, device)
     loss_of = utils.compiled(make_loss(model, autocast), args.compile, device)
@@ -98,7 +98,7 @@ def make_loss(model: nn.Module, autocast: Callable) -> Callable:
 def evaluate(args: Namespace) -> None:
     """Prints the test accuracy of any checkpoint that `models.load` reads."""
     found = checkpoint.read(args.evaluate, args.arch)
-    source = sources.read_for(args, found.about, found.file)
+    source = sources.read_for(args, found.about, found.file, train=False)
     model = found.network(len(source.classes))
     device = utils.pick_device(args.gpu_id)
     images = cifar.load(source, args, device).test

@@ -64,19 +64,16 @@ def report_teacher(found: checkpoint.Checkpoint, network: nn.Module, data: Data,
     Returns:
         What config.json and result.json of a student say of its teacher.
 
-    Raises:
-        UserError: it was trained on images of another size.
     """
-    file, about = found.file, data.about | found.about
-    if about["side"] != data.about["side"]:
-        raise UserError(f"{file}: it was trained on images of side {about['side']}, these have {data.about['side']}")
-    for name in ("mean", "std"):
-        given = data.about[name]
-        if any(abs(a - b) > 0.01 for a, b in zip(about[name], given, strict=True)):
-            warn(f"{file}: its images were normalised by another {name} ({about[name]}) than these ({given})")
+    file, held_out = found.file, found.about.get("held_out")
+    if data.about.get("held_out") not in (None, held_out):
+        how = (
+            f"--val-fraction {held_out[0]} --seed {held_out[1]}" if held_out else "no --val-fraction, as far as it says"
+        )
+        warn(f"{file}: trained with {how}: it may have seen images that choose the student's best epoch here")
     acc = evaluate(network, data.test, autocast, "test of the teacher").acc
     print(f"teacher: {file}, {found.arch}, test accuracy {acc:.2f}", flush=True)
-    if doubt := doubt_about(acc, len(data.test), about["classes"], found.acc, found.about.get("tested", 10_000)):
+    if doubt := doubt_about(acc, len(data.test), data.about["classes"], found.acc, found.about.get("tested", 10_000)):
         warn(f"{file}: the teacher's accuracy is {acc:.2f} here, {doubt}")
     return {"path": str(file.absolute()), "arch": found.arch, "acc": acc}
 

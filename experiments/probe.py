@@ -61,8 +61,10 @@ def fit(x: Tensor, labels: Tensor, classes: int, decay: float) -> nn.Linear:
 
 def probe(found: checkpoint.Checkpoint, source: sources.Source, decay: float, device: torch.device) -> float:
     """Test accuracy (%) of the linear classifier on a network's frozen features of `source`."""
-    about, network = source.about | found.about, found.network()
-    train, test = (cifar.Images(split, (about["mean"], about["std"]), device) for split in (source.train, source.test))
+    # of what the network says of its own data, its classes do not matter
+    own = {name: found.about[name] for name in ("side", "mean", "std") if name in found.about}
+    seen, network = source.seen_by(own, found.file), found.network()
+    train, test = (cifar.Images(split, (seen.mean, seen.std), device) for split in (seen.train, seen.test))
     (_, x), (_, test_x) = (outputs(network, images) for images in (train, test))
     mean, std = x.mean(0), x.std(0).clamp(min=1e-6)  # a feature that is 0 for every image stays 0
     linear = fit((x - mean) / std, train.labels, len(source.classes), decay)
@@ -79,12 +81,15 @@ def first(split: sources.Split, size: int | None) -> sources.Split:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     checkpoints = [checkpoint.read(path) for path in args.networks]
-    source = sources.read_for(args, about={})
-    train, test = first(source.train, args.train_size), first(source.test, args.test_size)
-    source = dataclasses.replace(source, train=train, test=test)
     device = utils.pick_device(args.gpu_id)
+    of_side = {}  # the images, by the side that networks were trained with
     for path, found in zip(args.networks, checkpoints, strict=True):
-        print(f"{probe(found, source, args.decay, device):6.2f} %  {path}", flush=True)
+        side = found.about.get("side")
+        if side not in of_side:
+            source = sources.read_for(args, {} if side is None else {"side": side})
+            train, test = first(source.train, args.train_size), first(source.test, args.test_size)
+            of_side[side] = dataclasses.replace(source, train=train, test=test)
+        print(f"{probe(found, of_side[side], args.decay, device):6.2f} %  {path}", flush=True)
 
 
 if __name__ == "__main__":

@@ -73,12 +73,19 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     with contextlib.redirect_stdout(sys.stderr):  # stdout is for the results
         teacher, *students = (checkpoint.read(path) for path in (args.t_path, *args.students))
-        source = sources.read_for(args, teacher.about, teacher.file)
-        classes, statistics = len(source.classes), (source.mean, source.std)
-        images = cifar.Images(source.test, statistics, utils.pick_device(args.gpu_id))
-        t_logits, t_features = outputs(teacher.network(classes), images)
-    for path, student in zip(args.students, students, strict=True):
-        logits, features = outputs(student.network(classes), images)
+        source = sources.read_for(args, teacher.about, teacher.file, train=False)
+        seen = [source, *(source.seen_by(student.about, student.file) for student in students)]
+        device = utils.pick_device(args.gpu_id)
+
+    def outputs_of(found: checkpoint.Checkpoint, its: sources.Source) -> tuple[Tensor, Tensor]:
+        """A network's outputs for the images as it was trained to see them; the classes in the teacher's order."""
+        images = cifar.Images(its.test, (its.mean, its.std), device)
+        logits, features = outputs(found.network(len(its.classes)), images)
+        return logits[:, [its.classes.index(name) for name in source.classes]], features
+
+    t_logits, t_features = outputs_of(teacher, source)
+    for path, student, its in zip(args.students, students, seen[1:], strict=True):
+        logits, features = outputs_of(student, its)
         similarity = {"KL": kl_divergence(logits, t_logits, args.T), "CKA": linear_cka(features, t_features)}
         if args.json:
             print(

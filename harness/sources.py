@@ -8,28 +8,24 @@ import argparse
 import contextlib
 import hashlib
 import os
-import warnings
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import cached_property, partial
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.request import urlretrieve
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision import datasets as tv
-from torchvision.transforms import functional as tvf
-from tqdm import tqdm
 
+from harness import folders
 from harness.files import alone
-from harness.flags import DATASETS, UserError, silent, warn
+from harness.flags import DATASETS, UserError, warn
 from harness.shapes import SIDE, synthetic
-
-SUFFIXES = tv.folder.IMG_EXTENSIONS
 
 # mean and standard deviation of each channel, in [0, 1]
 STATISTICS = {
@@ -71,6 +67,8 @@ class Source:
     classes: list[str]  # their names, in the order of the labels
     mean: tuple[float, ...]  # of each channel, in [0, 1]
     std: tuple[float, ...]
+    val: Split | None = None  # chooses the best epoch, if the data set has such images
+    ignored: dict[str, int] = field(default_factory=dict)  # how many files were no images, by suffix
 
     @property
     def side(self) -> int:
@@ -79,33 +77,89 @@ class Source:
 
     @property
     def about(self) -> dict[str, Any]:
-        """What a checkpoint says of its data: dataset, classes (their number), side, mean, std."""
-        statistics = {"mean": list(self.mean), "std": list(self.std)}
-        return {"dataset": self.name, "classes": len(self.classes), "side": self.side, **statistics}
+        """What a checkpoint says of its data: dataset, classes (their number), names, side, mean, std."""
+        about = {"dataset": self.name, "classes": len(self.classes), "names": list(self.classes), "side": self.side}
+        return about | {"mean": list(self.mean), "std": list(self.std)}
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What a run records of its data: dataset, side and, as `data`, the fingerprint."""
-        return {"dataset": self.name, "side": self.side, "data": self.fingerprint}
+        """What a run records of its data: dataset, side, mean, std and, as `data`, the fingerprint."""
+        about = {name: self.about[name] for name in ("dataset", "side", "mean", "std")}
+        return about | {"data": self.fingerprint}
 
     @cached_property
     def fingerprint(self) -> str:
         """A short name for exactly these pixels, labels and class names: 16 hexadecimal digits."""
         digest = hashlib.sha256("\0".join(self.classes).encode(errors="surrogateescape"))
-        for tensor in (*self.train, *self.test):
+        for tensor in (*self.train, *self.test, *(self.val or ())):
             digest.update(str(tuple(tensor.shape)).encode())
             digest.update(tensor.contiguous().numpy())
         return digest.hexdigest()[:16]
 
+    @property
+    def counts(self) -> dict[str, Any]:
+        """How many images each split has, and which files were ignored."""
+        counts = {"train": len(self.train.labels), "val": len(self.val.labels) if self.val else 0}
+        return counts | {"test": len(self.test.labels), "ignored": self.ignored}
+
+    def __str__(self) -> str:
+        """The counts in words."""
+        counts = self.counts
+        val = f", {counts['val']:,} validation" if counts["val"] else ""
+        kinds = ", ".join(f"{end or 'no suffix'} {count:,}" for end, count in self.ignored.items())
+        return (
+            f"data: {counts['train']:,} training{val} and {counts['test']:,} test images of {len(self.classes):,} "
+            f"classes, {sum(self.ignored.values()):,} files ignored{f' ({kinds})' if kinds else ''}"
+        )
+
+    def seen_by(self, about: Mapping[str, Any], file: Path | None) -> "Source":
+        """The data set as a network needs it that says `about` itself what it was trained on.
+
+        The classes are in the network's order, and its own mean and std normalise the images.
+
+        Raises:
+            UserError: the network was trained on other classes or on images of another size.
+        """
+        _check(about, "side", self.side, self.name, file)
+        names, source = about.get("names", self.classes), self
+        if names != self.classes:
+            for theirs, ours in zip_longest(sorted(names), sorted(self.classes)):
+                if theirs != ours:
+                    raise UserError(f"{file}: it was trained on other classes: {theirs} there is {ours} here")
+            label = torch.tensor([names.index(name) for name in self.classes])
+            splits = {half: getattr(self, half) for half in ("train", "test", "val") if getattr(self, half)}
+            splits = {half: split._replace(labels=label[split.labels]) for half, split in splits.items()}
+            source = replace(self, classes=list(names), **splits)
+        _check(about, "classes", len(self.classes), self.name, file)
+        if {"mean", "std"} <= about.keys():
+            return replace(source, mean=tuple(about["mean"]), std=tuple(about["std"]))
+        if file is not None:
+            whose = "the training images here" if self.name == "folder" else self.name
+            print(f"data: normalised by mean and deviation of {whose}; {file} does not say its own", flush=True)
+        return source
+
+
+def _check(about: Mapping[str, Any], what: str, here: int, name: str, file: Path | None) -> None:
+    if (there := about.get(what, here)) != here:
+        raise UserError(f"{file}: it was trained on {about.get('dataset')}, {what}: {there}; {name} has {here}")
+
 
 def read(
-    name: str, root: str | Path, side: int | None = None, url: str | None = None, sizes: tuple = (None, None)
+    name: str,
+    root: str | Path,
+    side: int | None = None,
+    url: str | None = None,
+    sizes: tuple = (None, None),
+    train: bool = True,
+    known: Sequence[str] = (),
 ) -> Source:
     """The data set `name`, from the folder `root` or, for an archive that is not there, from `url` or its own server.
 
     Args:
         side: of the images of class folders, in pixels; 32 by default.
         sizes: how many training and test images to generate of `synthetic`; None for all.
+        train: False: of class folders only the test images are read; mean and std are then 0 and 1.
+        known: without `train`, the class names, if they are known: see `folders.splits`.
 
     Raises:
         UserError: files are missing or damaged and could not be downloaded; `side` is not for this data set.
@@ -122,40 +176,38 @@ def read(
             root.mkdir(parents=True, exist_ok=True)
     with alone(root / ".lock", f"data: waiting for another process that reads {root}"):
         if name == "folder":
-            return _own_folders(root, side or SIDE)
+            return _own_folders(root, side or SIDE, train, known)
         splits = _cifar100(root, url) if name == "cifar100" else _archive(name, root, url)
     return Source(name, *splits, CLASSES[name], *STATISTICS[name])
 
 
-def read_for(args: argparse.Namespace, about: Mapping[str, Any], file: Path | None = None) -> Source:
+def read_for(
+    args: argparse.Namespace, about: Mapping[str, Any], file: Path | None = None, train: bool = True
+) -> Source:
     """The data set of the flags or, where they name none, of a checkpoint that says `about` itself what it is.
 
-    Warns if the flags name another data set than the checkpoint `file`.
+    It is as the network of the checkpoint needs it. Warns if the flags name another data set than the checkpoint
+    `file`. Without `train` only the test images are needed.
 
     Raises:
-        UserError: as `read` says; the checkpoint has another number of classes, or a data set that is unknown here.
+        UserError: as `read` and `Source.seen_by` say; the checkpoint has a data set that is unknown here.
     """
     trained_on = about.get("dataset", args.dataset or "cifar100")
     name = args.dataset or trained_on
     if name not in DATASETS:
         raise UserError(f"{file}: it was trained on {name:.80}, a data set unknown here; give --dataset")
     if name in CLASSES:
-        _check_classes(about, len(CLASSES[name]), name, file)  # before anything is downloaded
+        _check(about, "classes", len(CLASSES[name]), name, file)  # before anything is downloaded
     side = args.side
     if name != trained_on:
         warn(f"{file} says that it was trained on {trained_on:.80}, not on {name}; without --dataset that is taken")
     elif not args.dataset and name != "cifar100":
         print(f"data: {name}, because {file} was trained on it", flush=True)
-    if name == trained_on == "folder":
+    if name == "folder":
         side = side or about.get("side")
-    source = read(name, args.data_root, side, args.data_url, (args.train_size, args.test_size))
-    _check_classes(about, len(source.classes), name, file)
-    return source
-
-
-def _check_classes(about: Mapping[str, Any], found: int, name: str, file: Path | None) -> None:
-    if (classes := about.get("classes", found)) != found:
-        raise UserError(f"{file}: it was trained on {about.get('dataset')}, {classes} classes; {name} has {found}")
+    sizes, train = (args.train_size, args.test_size), train or not {"mean", "std"} <= about.keys()
+    source = read(name, args.data_root, side, args.data_url, sizes, train, about.get("names", ()))
+    return source.seen_by(about, file)
 
 
 # ------------------------------------------------------------------------------------------------------------ archives
@@ -183,15 +235,19 @@ def _cifar100(root: Path, url: str | None) -> list[Split]:
     Either way these are the same images in the same order, and their content is checked.
     """
     kept = root / "cifar100.npz"
-    if splits := _load(kept, "checked"):
-        return splits
-    folders = [root / name for name in ("cifar100", "CIFAR-100-dataset", ".")]
-    folder = next((folder for folder in folders if all((folder / half).is_dir() for half in CIFAR100)), None)
+    if splits := _load(kept, "checked", CIFAR100):
+        return list(splits.values())
+    places = [root / name for name in ("cifar100", "CIFAR-100-dataset", ".")]
+    folder = next((place for place in places if all((place / half).is_dir() for half in CIFAR100)), None)
     if folder is None:
         found = _archive("cifar100", root, url)
     else:
-        found = [_split_of(class_files(folder / half), SIDE, half) for half in CIFAR100]
-    splits = []
+        of_half = {half: folders.class_files(folder / half).classes for half in CIFAR100}
+        for half, classes in of_half.items():
+            if all(name.isdecimal() for name in classes):  # 0 … 99, whose alphabetical order is another one
+                of_half[half] = {name: classes[name] for name in sorted(classes, key=int)}
+        found = [_split_of(classes, SIDE, half) for half, classes in of_half.items()]
+    splits = {}
     for split, (half, expected) in zip(found, CIFAR100.items(), strict=True):
         order, content = in_hash_order(split.pixels.numpy(), split.labels.numpy())
         if content != expected:
@@ -199,9 +255,9 @@ def _cifar100(root: Path, url: str | None) -> list[Split]:
                 f"{folder or root}: the {len(order):,} {half} images are not CIFAR-100's, or some lie in the wrong "
                 "class; put a good copy there (for your own images: --dataset folder)"
             )
-        splits.append(Split(split.pixels[order], split.labels[order]))
+        splits[half] = Split(split.pixels[order], split.labels[order])
     _keep(kept, "checked", splits)
-    return splits
+    return list(splits.values())
 
 
 def in_hash_order(pixels: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, str]:
@@ -220,17 +276,17 @@ def in_hash_order(pixels: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, s
     return np.array(order), hashlib.sha256(b"".join(sorted(contents))).hexdigest()
 
 
-def _load(kept: Path, name: str) -> list[Split] | None:
+def _load(kept: Path, name: str, halves: Iterable[str]) -> dict[str, Split] | None:
     """The splits that `_keep` wrote under this name; None if there are none, or the file is damaged."""
     with contextlib.suppress(Exception), open(kept, "rb") as file, np.load(file) as saved:  # its checksums are compared
         if str(saved["name"]) == name:
-            return [Split(*(torch.from_numpy(saved[f"{half}_{x}"]) for x in Split._fields)) for half in CIFAR100]
+            return {half: Split(*(torch.from_numpy(saved[f"{half}_{x}"]) for x in Split._fields)) for half in halves}
     return None
 
 
-def _keep(kept: Path, name: str, splits: list[Split]) -> None:
+def _keep(kept: Path, name: str, splits: Mapping[str, Split]) -> None:
     """Keeps decoded splits for the next start, if the folder can be written to."""
-    arrays = {f"{h}_{x}": getattr(s, x).numpy() for h, s in zip(CIFAR100, splits, strict=True) for x in Split._fields}
+    arrays = {f"{half}_{x}": getattr(split, x).numpy() for half, split in splits.items() for x in Split._fields}
     part = kept.with_name(f".{kept.stem}.part.npz")
     with contextlib.suppress(OSError):
         try:
@@ -243,39 +299,23 @@ def _keep(kept: Path, name: str, splits: list[Split]) -> None:
 # ------------------------------------------------------------------------------------------------------- class folders
 
 
-def class_files(folder: Path) -> dict[str, list[Path]]:
-    """The image files (see `SUFFIXES`) of each class, at any depth below folder/CLASS; both in alphabetical order."""
-    places = sorted(place for place in folder.iterdir() if place.is_dir() and not place.name.startswith("."))
-
-    def is_image(file: Path) -> bool:
-        return file.suffix.lower() in SUFFIXES and not file.name.startswith(".") and file.is_file()
-
-    return {place.name: sorted(filter(is_image, place.rglob("*"))) for place in places}
-
-
-def _own_folders(root: Path, side: int) -> Source:
-    """The images in root/{train, test or val}/CLASS/ as squares, kept in the root until a file changes."""
-    test = "test" if (root / "test").is_dir() or not (root / "val").is_dir() else "val"
-    layout = "--data-root needs train/CLASS/ and test/CLASS/ (or val/CLASS/) with images, and at least 2 classes"
-    found = []
-    for folder in (root / "train", root / test):
-        classes = class_files(folder) if folder.is_dir() else {}
-        if len(classes) < 2:
-            raise UserError(f"{folder}: {'too few class folders' if folder.is_dir() else 'no such folder'}; {layout}")
-        if empty := [name for name, files in classes.items() if not files]:
-            raise UserError(f"{folder / empty[0]} holds no image ({' '.join(SUFFIXES)}); {layout}")
-        found.append(classes)
-    if differing := sorted(found[0].keys() ^ found[1].keys()):
-        where, other = ("train", test) if differing[0] in found[0] else (test, "train")
-        raise UserError(f"class {differing[0]} is in {root / where} but not in {root / other}: both need the same ones")
-
-    files = [file for classes in found for of_class in classes.values() for file in of_class]
-    kept, name = root / f"class_folders_{side}.npz", _digest_of(root, files)
-    splits = _load(kept, name)
+def _own_folders(root: Path, side: int, train: bool, known: Sequence[str]) -> Source:
+    """The images of class folders (see folders.py) as squares, kept in the root until a file changes."""
+    found = folders.splits(root, train, known)
+    files = [file for split in found.values() for of_class in split.classes.values() for file in of_class]
+    kept, name = root / f"class_folders_{side}{'' if train else '_test'}.npz", _digest_of(root, files)
+    splits = _load(kept, name, found)
     if splits is None:
-        splits = [_split_of(classes, side, half) for half, classes in zip(("train", test), found, strict=True)]
+        splits = {half: _split_of(split.classes, side, half) for half, split in found.items()}
         _keep(kept, name, splits)
-    return Source("folder", *splits, list(found[0]), *statistics(splits[0].pixels))
+    nothing = Split(torch.empty(0, side, side, 3, dtype=torch.uint8), torch.empty(0, dtype=torch.int64))
+    moments = statistics(splits["train"].pixels) if train else ((0.0,) * 3, (1.0,) * 3)  # the network's own will do
+    ignored = dict(sum((split.ignored for split in found.values()), Counter()).most_common())
+    classes = list(found["test"].classes)
+    both = splits.get("train", nothing), splits["test"]
+    source = Source("folder", *both, classes, *moments, splits.get("val"), ignored)
+    print(source, flush=True)
+    return source
 
 
 def _digest_of(root: Path, files: list[Path]) -> str:
@@ -287,56 +327,11 @@ def _digest_of(root: Path, files: list[Path]) -> str:
     return digest.hexdigest()
 
 
-def _split_of(classes: dict[str, list[Path]], side: int, what: str) -> Split:
-    """The images of all classes as squares, decoded in parallel, with a progress bar."""
+def _split_of(classes: Mapping[str, list[Path]], side: int, what: str) -> Split:
+    """The images of all classes as squares; the labels count the classes."""
     files = [file for of_class in classes.values() for file in of_class]
     labels = [label for label, of_class in enumerate(classes.values()) for _ in of_class]
-    pixels = np.empty((len(files), side, side, 3), np.uint8)
-    pool = ThreadPoolExecutor()  # Pillow decodes and resizes outside Python's lock
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # they are about odd metadata
-            squares = pool.map(partial(square, side=side), files)
-            bar = tqdm(squares, f"reading {what}", len(files), unit=" images", leave=False, disable=silent())
-            for i, image in enumerate(bar):
-                pixels[i] = image
-    finally:
-        pool.shutdown(cancel_futures=True)  # Ctrl-C does not wait for the rest
-    return Split(torch.from_numpy(pixels), torch.tensor(labels))
-
-
-def square(path: Path, side: int) -> np.ndarray:
-    """Any image as (side, side, 3) uint8: resizes its shorter side to `side`, then crops the centre.
-
-    Raises:
-        UserError: it can't be read; names it.
-    """
-    try:
-        with Image.open(path) as image:
-            picture = as_rgb(image)
-    except Exception as error:  # Pillow raises many kinds for damaged files
-        raise UserError(f"{path} cannot be read as an image ({error!r}); fetch it again, or remove it") from error
-    return np.asarray(tvf.center_crop(tvf.resize(picture, side), side))
-
-
-def as_rgb(image: Image.Image) -> Image.Image:
-    """An image of any kind in RGB, as it looks on a white page: turned as its EXIF data says, transparent over white.
-
-    Raises:
-        ValueError: the range of its numbers is unknown.
-    """
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip instead of scaling
-        values = np.asarray(image).astype(np.int64)
-        if values.min() < 0 or values.max() >= 1 << 16:
-            raise ValueError("32-bit pixels have no known range")
-        image = Image.fromarray((values >> 8).astype(np.uint8))
-    if image.mode == "F":
-        raise ValueError("floating-point pixels have no known range")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    return Split(torch.from_numpy(folders.decode(files, side, what)), torch.tensor(labels))
 
 
 def statistics(pixels: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
