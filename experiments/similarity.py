@@ -88,9 +88,8 @@ def main(argv: list[str] | None = None) -> None:
         logits, features = outputs_of(student, its)
         similarity = {"KL": kl_divergence(logits, t_logits, args.T), "CKA": linear_cka(features, t_features)}
         if args.json:
-            print(
-                json.dumps({"student": Path(path).name, "teacher": Path(args.t_path).name, "T": args.T, **similarity})
-            )
+            names = {"student": Path(path).name, "teacher": Path(args.t_path).name}
+            print(json.dumps({**names, "T": args.T, **similarity}))
         else:
             print(f"KL {similarity['KL']:.4f}  CKA {similarity['CKA']:.4f}  {path}", flush=True)
 

@@ -128,12 +128,10 @@ def test_draws_follow_from_seed_phase_and_epoch_alone():
 
 
 def test_synthetic_images_are_always_the_same_and_balanced():
-    pixels, labels = synthetic(True, 200)
-    fewer = synthetic(True, 150)
+    (pixels, labels), fewer = synthetic(True, 200), synthetic(True, 150)
     assert pixels.shape == (200, 32, 32, 3)
     assert labels.bincount().tolist() == [2] * 100
-    assert torch.equal(fewer[0], pixels[:150])
-    assert torch.equal(fewer[1], labels[:150])
+    assert torch.equal(fewer[0], pixels[:150]) and torch.equal(fewer[1], labels[:150])
     assert not torch.equal(synthetic(False, 150)[0], pixels[:150])
 
 
@@ -196,24 +194,20 @@ def test_a_sample_is_fair_and_takes_the_first_images(labels, size):
         assert counts[label] == len(of_class) or counts[label] >= max(counts.values()) - 1  # all of it, or a fair share
 
 
-def test_the_same_share_of_every_class_is_held_out():
+def test_the_same_share_of_every_class_is_held_out_before_few_shot_and_label_noise():
     whole, data = load(), load("--val-fraction", 0.1)
+    few = load("--val-fraction", 0.1, "--few-shot", 0.5, "--label-noise", 0.5)
     assert data.val.labels.bincount().tolist() == [10] * 100
     assert sorted(data.train.index.tolist() + data.val.index.tolist()) == list(range(10_000))
-    for part in (data.train, data.val):
+    for part in (data.train, data.val, few.val):
         assert torch.equal(part.pixels, whole.train.pixels[part.index])
         assert torch.equal(part.labels, whole.train.labels[part.index])
-    assert data.about["tested"] == 1000
-
-
-def test_images_are_held_out_before_few_shot_and_label_noise():
-    data, few = load("--val-fraction", 0.1), load("--val-fraction", 0.1, "--few-shot", 0.5, "--label-noise", 0.5)
     assert torch.equal(few.val.index, data.val.index)
-    assert torch.equal(few.val.labels, data.val.labels)
-    assert not set(few.train.index.tolist()) & set(few.val.index.tolist())
-    true = generated(True)[1][few.train.index]
+    assert set(few.train.index.tolist()) <= set(data.train.index.tolist())
+    true = whole.train.labels[few.train.index]
     assert true.bincount().tolist() == [45] * 100
     assert (few.train.labels != true).sum() == 2250
+    assert data.about["tested"] == 1000
 
 
 def test_a_class_keeps_an_image_to_train_on():

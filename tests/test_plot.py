@@ -34,16 +34,6 @@ def figure_of(*words):
     return plot.draw(plot.parse_args([str(word) for word in words]))
 
 
-def drawn_lines(ax):
-    """{label: (x, y, lower and upper ends of the bars)} of the error bars."""
-    found = {}
-    for container in ax.containers:
-        line, _, (bars,) = container
-        ends = [segment[:, 1].tolist() for segment in bars.get_segments()]
-        found[container.get_label()] = [*line.get_xdata()], [*line.get_ydata()], ends
-    return found
-
-
 def test_accuracy_has_a_row_for_each_method_of_the_setting_with_most_methods_the_best_at_the_top(study):
     figure = figure_of("accuracy", study)
     (ax,) = figure.axes
@@ -70,23 +60,24 @@ def test_flags_that_all_rows_share_stand_below_and_published_ones_nowhere(tmp_pa
     assert figure.get_supxlabel() == "--amp off --epoch 8 --t-epoch 2"
 
 
-def test_accuracy_by_the_share_of_the_images_is_a_line_for_each_method(study):
-    (ax,) = figure_of("few-shot", study).axes
-    lines = drawn_lines(ax)
-    assert set(lines) == {"KD, 4 views", "SSKD"}
-    for method, means in (("KD, 4 views", [40.75, 60.75]), ("SSKD", [42.75, 62.75])):
-        x, y, ends = lines[method]
-        assert (x, y) == ([25, 100], means)
-        assert ends == [pytest.approx([mean - DEVIATION, mean + DEVIATION]) for mean in means]
-
-
-def test_accuracy_by_k_stands_beside_the_levels_without_the_term(study):
-    (ax,) = figure_of("ratio-ss", study).axes
-    assert {method: line[:2] for method, line in drawn_lines(ax).items()} == {
-        "SSKD": ([25, 75], [59.75, 62.75]),
-        "KD + tf": ([25, 75], [61.75, 61.75]),
-        "KD, 4 views": ([25, 75], [60.75, 60.75]),
-    }
+@pytest.mark.parametrize(
+    ("flag", "expected"),
+    [
+        ("few-shot", {"KD, 4 views": ([25, 100], [40.75, 60.75]), "SSKD": ([25, 100], [42.75, 62.75])}),
+        (
+            "ratio-ss",  # beside the levels without the term
+            {
+                "SSKD": ([25, 75], [59.75, 62.75]),
+                "KD + tf": ([25, 75], [61.75, 61.75]),
+                "KD, 4 views": ([25, 75], [60.75, 60.75]),
+            },
+        ),
+    ],
+)
+def test_accuracy_by_a_flag_is_a_line_for_each_method(study, flag, expected):
+    (ax,) = figure_of(flag, study).axes
+    lines = {bars.get_label(): (bars[0].get_xdata().tolist(), bars[0].get_ydata().tolist()) for bars in ax.containers}
+    assert lines == expected
 
 
 def test_settings_that_differ_in_another_flag_have_panels_of_their_own(study):
