@@ -1,8 +1,6 @@
 """harness/flags.py: the flags, their checks, and what a script says about them."""
 
 import argparse
-import io
-import sys
 
 import pytest
 from conftest import end_of
@@ -89,11 +87,3 @@ def test_a_learning_rate_that_never_falls_gets_a_warning(capsys):
         "warning: --milestones 2 3: the learning rate never falls within 2 epochs",
         "warning: --t-milestones 3: the learning rate never falls within 2 epochs",
     ]
-
-
-def test_a_terminal_that_lacks_a_letter_shows_its_code(monkeypatch):
-    ascii_only = io.TextIOWrapper(io.BytesIO(), "ascii", write_through=True)
-    monkeypatch.setattr(sys, "stdout", ascii_only)
-    flags.show_any_name()
-    print("run: ü\udcff")
-    assert ascii_only.buffer.getvalue() == b"run: \\xfc\\udcff\n"
