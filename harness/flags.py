@@ -28,9 +28,6 @@ class Fault(Exception):
     """The machine or the training failed, not the user. A script ends with status 1."""
 
 
-# ---------------------------------------------------------------------------------------------------- lines on stderr
-
-
 def tell(script: str, text: str) -> None:
     """Prints a script's last words as one line on stderr."""
     print(f"{script}: {' '.join(text.split())}", file=sys.stderr)
@@ -150,8 +147,7 @@ def make_parser(description: str) -> Parser:
     add = parser.add_argument_group("running").add_argument
     add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="seed of the weights and of every draw")
     add_device(add)
-    half = "half precision in the networks; losses stay float32"
-    add("--amp", choices=["off", "bf16", "fp16"], default="off", help=half)
+    add("--amp", choices=["off", "bf16", "fp16"], default="off", help="half precision in the networks, not in losses")
     add("--compile", action="store_true", help="torch.compile the step: a slow first epoch, then faster ones")
     add("--deterministic", action="store_true", help="use only algorithms that repeat bit for bit; slower on CUDA")
     numbered = "epochs between the teacher's numbered checkpoints, which milestones and the last epoch have, too"
@@ -162,8 +158,7 @@ def make_parser(description: str) -> Parser:
 
 def add_device(add: Callable) -> None:
     """Adds the flag that chooses the device."""
-    device = "the CUDA device; without CUDA: Apple's MPS, else the CPU"
-    add("--gpu-id", type=number(int, 0), default=0, help=device)
+    add("--gpu-id", type=number(int, 0), default=0, help="the CUDA device; without CUDA: Apple's MPS, else the CPU")
 
 
 def add_source(add: Callable) -> None:
@@ -186,10 +181,8 @@ def add_networks(parser: Parser) -> Callable:
     stored = "compute the teacher's features in every step, or compute each view once and keep it: in memory, or on "
     stored += "disk beside the teacher, shared by all its students (50,000 images: 4 GB for 64 features)"
     add("--t-features", choices=["compute", "memory", "disk"], default="compute", help=stored)
-    student = f"the student's network: one of {', '.join(model_dict)}"
-    add("--s-arch", choices=model_dict, metavar="NETWORK", help=student)
-    pixels = "export the trained student: .pt2 (torch.export) or .onnx; it takes pixels in [0, 1]"
-    add("--export", metavar="FILE", help=pixels)
+    add("--s-arch", choices=model_dict, metavar="NETWORK", help=f"the student's network: {', '.join(model_dict)}")
+    add("--export", metavar="FILE", help="export the student, for pixels in [0, 1]: .pt2 (torch.export) or .onnx")
     return add
 
 

@@ -1,9 +1,9 @@
 """How a script ends, and what a run leaves: one folder with its flags, log, curves, checkpoints and result.
 
-The state of a run is one dict, `Run.state`, which is written to `ckpt/last.pth` after every epoch: the finished epochs,
-the log, the best checkpoint and the state dicts of whatever trains. It holds no state of a random generator, because
-every draw follows from (seed, phase, epoch). `log.jsonl` and the other checkpoints are written after it, and again from
-it when a run continues, so a run that was killed at any moment goes on from its last finished epoch.
+The state of a run is one dict, `Run.state`, which is written to `ckpt/last.pth` after every epoch: the log, the best
+checkpoint and the state dicts of whatever trains. It holds no random generator, because every draw follows from (seed,
+phase, epoch). `log.jsonl` and the other checkpoints are written after it, and again from it when a run continues, so a
+run that was killed at any moment goes on from its last finished epoch.
 """
 
 import contextlib
@@ -110,6 +110,7 @@ class Run:
     def __init__(self, folder: Path, settings: dict[str, Any]):
         self.folder, self.ckpt = folder, folder / "ckpt"
         self.settings = json.loads(json.dumps(settings))
+        self.starts: list[dict] = []  # what ran here before, see `_environment`
         self.result, self.state = self._look()
 
     def _look(self) -> tuple[str | None, dict | None]:
@@ -117,7 +118,8 @@ class Run:
         config, result, last = self.folder / "config.json", self.folder / "result.json", self.ckpt / "last.pth"
         if config.exists() and (result.exists() or last.exists()):
             with restoring(config):
-                before = dict(json.loads(config.read_text())["flags"])
+                content = json.loads(config.read_text())
+                before, self.starts = dict(content["flags"]), list(content["starts"])
             differing = [name for name in self.settings | before if self.settings.get(name) != before.get(name)]
             if differing:
                 listed = (f"{name} was {before.get(name)}, is {self.settings.get(name)}" for name in differing)
@@ -183,15 +185,13 @@ class Run:
 
     def _record_start(self, device: torch.device) -> None:
         """Adds this start to config.json; warns if the run continues under conditions that may change its digits."""
-        path, now, starts = self.folder / "config.json", _environment(device), []
-        if self.resumed:
-            with restoring(path):
-                starts = list(json.loads(path.read_text())["starts"])
-        before = starts[-1] if starts else now
+        now = _environment(device)
+        before = self.starts[-1] if self.starts else now
         changed = [f"{x} was {before.get(x)}, is {now[x]}" for x in CONDITIONS if before.get(x) != now[x]]
         if changed:
             warn(f"continued under other conditions, so not bit for bit: {', '.join(changed)}")
-        write_atomically(path, _json({"flags": self.settings, "starts": [*starts, now | self.about]}))
+        config = {"flags": self.settings, "starts": [*self.starts, now | self.about]}
+        write_atomically(self.folder / "config.json", _json(config))
 
     # ----------------------------------------------------------------------------------------------- epoch by epoch
 

@@ -1,20 +1,14 @@
 """What a user can get wrong: flags, checkpoints, records and data. One line, status 2, nothing written."""
 
-import importlib.util
-import io
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import SHORT, TINY
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 import student
 import teacher
-from harness import checkpoint
-from harness.flags import UserError
+from harness import flags
 
 STUDENT = ["--t-path", "teacher_resnet8_seed0", "--s-arch", "resnet8", *SHORT]
 TEACHER = ["--arch", "resnet8", *SHORT]
@@ -23,7 +17,6 @@ BAD_FLAGS = [
     ("teacher.py", [], "--arch is missing; the known ones are resnet8, "),
     ("teacher.py", [*TEACHER, "--batch-size", "many"], "--batch-size: 'many' is not a whole number of at least 1"),
     ("teacher.py", [*TEACHER, "--lr", "0"], "--lr: '0' is not a number above 0"),
-    ("teacher.py", [*TEACHER, "--milestones"], "--milestones: expected at least one argument"),
     ("teacher.py", [*TEACHER, "--test-size", "2001"], "choose 1 to 2000"),
     ("teacher.py", [*TEACHER, "--val-fraction", "0.5"], "no class has two training images"),
     ("teacher.py", [*TEACHER, "--side", "64"], "--side 64 is for --dataset folder"),
@@ -34,21 +27,17 @@ BAD_FLAGS = [
     ("student.py", [*STUDENT, "--t-path", "empty"], "found no checkpoint with 'best' in its name"),
     ("student.py", [*STUDENT, "--t-path", "old/best.pth"], "--t-arch"),
     ("student.py", [*STUDENT, "--t-path", "old/best.pth", "--t-arch", "vgg8"], "does not fit vgg8"),
-    ("student.py", [*STUDENT, "--t-path", "unfinished"], "unfinished: this run is not finished"),
     ("student.py", [*STUDENT, "--t-path", "unfinished/ckpt"], "unfinished: this run is not finished"),
     ("student.py", [*STUDENT, "--dataset", "cifar10"], "trained on synthetic, 100 classes; cifar10 has 10"),
     ("student.py", [*STUDENT, "--batch-size", "1"], "--batch-size 1: "),
     ("student.py", [*STUDENT, "--ratio-tf", "1.1"], "--ratio-tf: '1.1' is not a number of at least 0 and at most 1"),
     ("student.py", [*STUDENT, "--t-milestones", "2", "1"], "--t-milestones: 2 1: milestones must increase"),
     ("student.py", [*STUDENT, *"--ce-weight 0 --kd-weight 0 --tf-weight 0 --ss-weight 0".split()], "nothing to learn"),
-    ("student.py", [*STUDENT, "--export", "nowhere/s.pt2"], "--export nowhere/s.pt2: give the name of a file"),
-    ("student.py", [*STUDENT, "--export", "empty"], "--export empty: give the name of a file"),
-    ("student.py", ["--s-path", "plain", "--export", "plain/best.pth"], "--export plain/best.pth: exists already and"),
-    ("student.py", ["--s-path", "plain", "--export", "s.pt"], "--export s.pt: ends in neither .pt2 (torch.export) nor"),
+    ("student.py", [*STUDENT, "--export", "nowhere/s.pt2"], "--export nowhere/s.pt2: give the name of a file that"),
+    ("student.py", ["--s-path", "plain", "--export", "plain/best.pth"], "that ends in .pt2 (torch.export) or .onnx"),
     ("student.py", ["--s-path", "old", "--export", "s.pt2"], "--s-arch beside --s-path"),
     ("student.py", ["--s-path", "plain"], "--s-path is for --export"),
     ("baseline.py", STUDENT, "--method is missing; the known ones are kd, fitnet, "),
-    ("baseline.py", ["--method", "kd", "--s-arch", "resnet8"], "--t-path is missing"),
     ("baseline.py", [*KD, "--t-path", "unfinished"], "unfinished: this run is not finished"),
     ("baseline.py", [*KD, "--weight", "1"], "whose weight is --kd-weight"),
     ("baseline.py", [*KD, "--method", "ab", "--ce-weight", "0", "--kd-weight", "0"], "nothing to learn"),
@@ -74,9 +63,9 @@ def workplace(runs, tmp_path, monkeypatch):
 
 
 def test_onnx_without_its_packages_is_refused_at_once(workplace, monkeypatch, fails):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(flags, "find_spec", lambda name: None)
     line = fails(student.main, "--s-path", "plain", "--export", "student.onnx")
-    assert "--export student.onnx: for ONNX PyTorch needs `pip install onnx onnxscript`" in line
+    assert "--export student.onnx: ONNX needs `pip install onnx onnxscript`" in line
 
 
 def listing(folder):
@@ -92,11 +81,6 @@ def test_bad_flags_end_in_one_line_and_write_nothing(script, flags, words, workp
     assert listing(workplace) == before
 
 
-class Malicious:
-    def __reduce__(self):
-        return (Path.touch, (Path("executed"),))
-
-
 def half(content):
     return content[: len(content) // 2]
 
@@ -107,35 +91,14 @@ def flipped(content):
     return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
 
 
-def executable(content):
-    buffer = io.BytesIO()
-    torch.save({"state_dict": Malicious()}, buffer)
-    return buffer.getvalue()
-
-
-@pytest.mark.parametrize("damage", [half, flipped, executable])
-def test_a_bad_checkpoint_is_refused_and_nothing_in_it_runs(damage, workplace, fails):
+@pytest.mark.parametrize("damage", [half, flipped])
+def test_a_damaged_checkpoint_is_refused(damage, workplace, fails):
     path = workplace / "teacher_resnet8_seed0" / "best.pth"
     path.write_bytes(damage(path.read_bytes()))
     before = listing(workplace)
     assert "best.pth" in fails(student.main, *STUDENT)
     assert "best.pth" in fails(teacher.main, "--evaluate", path, *SHORT)
-    assert listing(workplace) == before  # no file "executed" either
-
-
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.data())
-def test_any_other_byte_in_a_checkpoint_is_noticed_or_harmless(runs, tmp_path, data):
-    good = (runs.teacher / "ckpt" / "best.pth").read_bytes()
-    start = data.draw(st.integers(0, len(good) - 1))
-    bad = good[:start] + data.draw(st.binary(max_size=40)) + good[start + 40 :]
-    (tmp_path / "best.pth").write_bytes(bad)
-    try:
-        weights = checkpoint.read(tmp_path, "resnet8").network().state_dict()
-    except UserError:
-        return
-    expected = torch.load(io.BytesIO(good), weights_only=True)["state_dict"]
-    assert all(torch.equal(weight, expected[name]) for name, weight in weights.items())
+    assert listing(workplace) == before
 
 
 def copied(runs, root, name):
@@ -162,10 +125,3 @@ def test_a_file_that_cannot_be_read_is_not_called_damaged(name, runs, tmp_path, 
     path.unlink()
     path.mkdir()  # as unreadable as a file without permission, for root too
     assert f"{path} cannot be read: Is a directory" in fails(teacher.main, *flags)
-
-
-@pytest.mark.parametrize("more", ["", "below"])
-def test_a_run_folder_cannot_be_made_below_a_file(more, tmp_path, fails):
-    (tmp_path / "experiments").write_text("a file")
-    line = fails(teacher.main, *TEACHER, "--experiments", tmp_path / "experiments" / more)
-    assert "could not be made" in line and "is a file or lies below one" in line

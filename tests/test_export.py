@@ -71,7 +71,7 @@ def test_a_network_that_is_read_back_wrong_is_not_returned(monkeypatch):
         return network(images) + torch.tensor([0.0, 0.01])
 
     monkeypatch.setattr(torch.export, "load", lambda _: SimpleNamespace(module=lambda: off))
-    with pytest.raises(Fault, match="(?s)answers differently.*Mismatched elements: 3 / 6"):
+    with pytest.raises(Fault, match="does not answer like the original"):
         exported(network, *PLAIN)
 
 

@@ -1,8 +1,6 @@
 """harness/flags.py: the flags, their checks, and what a script says about them."""
 
 import argparse
-import io
-import sys
 
 import pytest
 from conftest import end_of
@@ -116,11 +114,3 @@ def test_a_home_folder_is_expanded_in_every_path(flag, tmp_path, monkeypatch):
 )
 def test_flags_of_other_repositories_are_told_what_does_the_same_here(script, words, says, fails):
     assert says in fails(script.main, *words.split())
-
-
-def test_a_terminal_that_lacks_a_letter_shows_its_code(monkeypatch):
-    ascii_only = io.TextIOWrapper(io.BytesIO(), "ascii", write_through=True)
-    monkeypatch.setattr(sys, "stdout", ascii_only)
-    flags.show_any_name()
-    print("run: ü\udcff")
-    assert ascii_only.buffer.getvalue() == b"run: \\xfc\\udcff\n"
