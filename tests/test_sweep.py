@@ -216,7 +216,7 @@ class FakeRay:
         return lambda work: SimpleNamespace(remote=self.submit)
 
     def submit(self, command, log, folder, *needed):
-        self.errors |= {log.stem: self.errors[task.stem] for task in needed if task.stem in self.errors}
+        self.errors.update((log.stem, self.errors[task.stem]) for task in needed if task.stem in self.errors)
         return log
 
     def wait(self, tasks, timeout):
