@@ -239,16 +239,16 @@ def test_one_teacher_for_all_seeds_is_shown_apart_from_a_teacher_for_each(tmp_pa
     assert (shared["one_teacher"], shared["best_mean"], shared["seeds"]) == ("vgg13-0", 71, [0, 1, 2])
 
 
-def test_the_result_knows_the_network_of_a_teacher_in_a_renamed_folder(tmp_path, capsys):
-    for name, told in (("mine", "vgg13"), ("vgg13_vanilla", None)):
-        folder = write_student(tmp_path / name, (name, "vgg8"), 75, 74)
-        change(folder / "result.json", teacher={"path": "/home/me/mine.pth", "arch": told})
-        (tmp_path / f"link_{name}").mkdir()
-        (tmp_path / f"link_{name}" / "run").symlink_to(tmp_path / name)
-        for source in (tmp_path / name, tmp_path / f"link_{name}"):
-            assert column(capsys, PAIR, source)["SSKD", "here, best"] == "75.00 (1)"
-        show(capsys, "--record", tmp_path / f"{name}.jsonl", tmp_path / name)
-        assert "/home/me" not in (tmp_path / f"{name}.jsonl").read_text()
+@pytest.mark.parametrize("folder, told", [("mine", "vgg13"), ("vgg13_vanilla", None)])
+def test_the_result_knows_the_network_of_a_teacher_in_a_renamed_folder(folder, told, tmp_path, capsys):
+    run = write_student(tmp_path / "runs", (folder, "vgg8"), 75, 74)
+    change(run / "result.json", teacher={"path": "/home/me/mine.pth", "arch": told})
+    (tmp_path / "link").mkdir()
+    (tmp_path / "link" / "runs").symlink_to(tmp_path / "runs")
+    for source in (tmp_path / "runs", tmp_path / "link"):
+        assert column(capsys, PAIR, source)["SSKD", "here, best"] == "75.00 (1)"
+    show(capsys, "--record", tmp_path / "study.jsonl", tmp_path / "runs")
+    assert "/home/me" not in (tmp_path / "study.jsonl").read_text()
 
 
 def test_gains_are_over_the_common_seeds_with_their_interval(tmp_path, capsys):
