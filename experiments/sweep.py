@@ -122,12 +122,12 @@ def flags_of(script: str) -> set[str]:
 
 
 def make_jobs(args: Namespace) -> dict[str, Job]:
-    """All runs by name: the teachers, then method by method.
+    """All runs by name: the teachers, then the networks alone, then the students, method by method.
 
     Raises UserError if a script refuses its flags or `--teachers` lacks a teacher.
     """
     jobs = {}  # pairs may share a teacher or a student
-    methods = ([] if args.teachers else ["teacher"]) + args.methods
+    methods = ([] if args.teachers else ["teacher"]) + sorted(args.methods, key=lambda method: method != "alone")
     for method, seed, (t_arch, s_arch) in itertools.product(methods, args.seeds, args.pairs):
         t_seed = seed if args.teacher_seed is None else args.teacher_seed
         path = teacher_folder(args, t_arch, t_seed)

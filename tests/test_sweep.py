@@ -54,7 +54,7 @@ def test_without_options_the_published_commands_are_listed_in_their_order(listed
 
 def test_grids_methods_and_seeds_multiply_but_a_method_that_no_grid_affects_runs_once_without_a_folder(listed):
     grids = ["--grid", "ss-T", "0.1", "0.5", "--grid", "t-milestones", "10 20", "30 45"]
-    jobs = listed(*PAIR, "--seeds", "0", "1", "--methods", "alone", "kd", "sskd", *grids)
+    jobs = listed(*PAIR, "--seeds", "0", "1", "--methods", "kd", "alone", "sskd", *grids)
     assert [name for name, _ in jobs] == ["teacher.py"] * 4 + ["baseline.py"] * 2 + ["student.py"] * 8
     assert [(args.arch, args.seed) for _, args in jobs[:4]] == [
         (arch, seed) for arch in ("resnet20", "resnet8") for seed in (0, 1)
