@@ -5,8 +5,8 @@ transfer sorts and calls `nonzero`. The frozen teacher builds a graph, which is 
 contiguous. SGD updates one parameter at a time. `.item()` reads every logged value in every step.
 
 Two things differ from the published code: the sorts are stable, because ties would otherwise keep other rows, and
-`random` draws the flips, because a DataLoader seeds it in each worker. This file shares no code with what it is
-compared with: it takes networks with an SS head, as in wrapper.py, and brings everything else.
+`random` draws the flips, because a DataLoader seeds it in each worker. Networks come with an SS head, as in wrapper.py;
+all else is written here, so that no code is shared with what it is compared with.
 """
 
 import random
@@ -22,7 +22,6 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 VIEWS = 4
-SETTINGS = {"kd_T": 4.0, "tf_T": 4.0, "ss_T": 0.5, "ratio_tf": 1.0, "ratio_ss": 0.75}  # as published
 
 
 class Views(Dataset):
@@ -83,18 +82,18 @@ def kl(s_logits: Tensor, t_logits: Tensor, T: float) -> Tensor:
 
 
 def terms(
-    s_logits: Tensor, t_logits: Tensor, s_embedding: Tensor, t_embedding: Tensor, target: Tensor, **other: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    s_logits: Tensor, t_logits: Tensor, s_embedding: Tensor, t_embedding: Tensor, target: Tensor,
+    kd_T: float = 4.0, tf_T: float = 4.0, ss_T: float = 0.5, ratio_tf: float = 1.0, ratio_ss: float = 0.75,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """ce, kd, tf and ss, unweighted; the teacher's tensors are detached after their graph was built."""
-    given = SETTINGS | other
     s_normal, s_rotated = split(s_logits)
     t_normal, t_rotated = (x.detach() for x in split(t_logits))
     s_similarity, t_similarity = similarity(s_embedding), similarity(t_embedding).detach()
-    tf_kept = kept(t_rotated, target.repeat_interleave(VIEWS - 1), given["ratio_tf"])
-    ss_kept = kept(t_similarity, positives(t_similarity), given["ratio_ss"])
-    tf = kl(s_rotated[tf_kept], t_rotated[tf_kept], given["tf_T"])
-    ss = kl(s_similarity[ss_kept], t_similarity[ss_kept], given["ss_T"])
-    return F.cross_entropy(s_normal, target), kl(s_normal, t_normal, given["kd_T"]), tf, ss
+    tf_rows = kept(t_rotated, target.repeat_interleave(VIEWS - 1), ratio_tf)
+    ss_rows = kept(t_similarity, positives(t_similarity), ratio_ss)
+    tf = kl(s_rotated[tf_rows], t_rotated[tf_rows], tf_T)
+    ss = kl(s_similarity[ss_rows], t_similarity[ss_rows], ss_T)
+    return F.cross_entropy(s_normal, target), kl(s_normal, t_normal, kd_T), tf, ss
 
 
 def total(ce: Tensor, kd: Tensor, tf: Tensor, ss: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ makes a pandas DataFrame with a row for each run. Flags are written as one types
 import glob
 import json
 import re
-import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 import pandas as pd
 
 from harness.files import write_atomically
-from harness.flags import LOW_RATE, UserError, tell
+from harness.flags import LOW_RATE, UserError, warn
 from methods import METHODS
 
 # The published flags. Runs with other values are another setting.
@@ -36,8 +35,9 @@ for _method in METHODS.values():
     OWN[_method.label] |= {"--weight": _method.weight} | ({"--first-epoch": None} if _method.first_epochs else {})
 OF_METHODS = {name for own in OWN.values() for name in own}
 BY = ("device", "amp", "compile", "deterministic", "t_features", "data")  # what --by of table.py tells apart
-NAMING = {"--arch", "--s-arch", "--teacher", "--method", "--seed", "--dataset", "--save-interval"}
-NO_SETTING = NAMING | {f"--{name.replace('_', '-')}" for name in BY}
+# flags that name a run or say how it was computed; they make no setting of their own
+NO_SETTING = {"--arch", "--s-arch", "--teacher", "--method", "--seed", "--dataset", "--save-interval"}
+NO_SETTING |= {f"--{name.replace('_', '-')}" for name in BY}
 
 
 # ---------------------------------------------------------------------------------------------------------- reading
@@ -61,20 +61,14 @@ def read_runs(path: Path) -> Iterator[dict[str, Any]]:
         try:
             yield run_of(place, read())
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-            leave_out(place, f"{type(error).__name__}: {error}")
-
-
-def leave_out(place: str, why: str) -> None:
-    """Reports that a run is not used."""
-    tell(Path(sys.argv[0]).name, f"{place} left out: {why}")
+            warn(f"{place} left out: {type(error).__name__}: {error}")
 
 
 def record_of(folder: Path) -> dict[str, Any]:
     """The record of a run folder: its flags, what ran at its first start, later starts that differ, its result."""
     config, result = (json.loads((folder / name).read_bytes()) for name in ("config.json", "result.json"))
-    first, *later = map(start_of, config.get("starts", [config]))  # older runs have one start, beside the flags
-    conditions = ("commit", "versions", "device", "threads")
-    others = [start for start in later if any(start[name] != first[name] for name in conditions)]
+    first, *later = map(start_of, config["starts"])
+    others = [start for start in later if start | {"started": ""} != first | {"started": ""}]
     result.get("teacher", {}).pop("path", None)  # a path on somebody's machine
     record = {"run": folder.resolve().name, "flags": config["flags"], **first}
     return record | ({"starts": others} if others else {}) | {"result": result}
@@ -131,19 +125,14 @@ def value_of(value: Any, default: Any) -> Any:
 def frame_of(runs: list[dict[str, Any]], dataset: str) -> pd.DataFrame:
     """The runs on a data set as a DataFrame, with a column for each flag (None: not set, or not used by the method).
 
-    `unusual` names the flags that are not as published. A flag that is unknown here and the same in all runs is left
-    out. Raises UserError if there is no run on the data set.
+    `unusual` names the flags that are not as published. Raises UserError if there is no run on the data set.
     """
     chosen = [run for run in runs if run["dataset"] == dataset]
     if not chosen:
         others = ", ".join(sorted({run["dataset"] for run in runs}))
         raise UserError(f"no finished run on {dataset}" + (f"; --dataset has a choice of {others}" if others else ""))
     names = dict.fromkeys(name for run in chosen for name in run)
-    frame = pd.DataFrame([names | run for run in chosen], dtype=object).astype({"best": float, "last": float})
-    unknown = set(flags_in(frame)) - COMMON.keys() - OF_METHODS - {"--lr"}
-    same = {name for name in unknown if frame[name].map(shown).nunique() == 1}
-    unusual = [tuple(name for name in names if name not in same) for names in frame["unusual"]]
-    return frame.drop(columns=list(same)).assign(unusual=unusual)
+    return pd.DataFrame([names | run for run in chosen], dtype=object).astype({"best": float, "last": float})
 
 
 def flags_in(frame: pd.DataFrame) -> list[str]:
@@ -165,11 +154,10 @@ def write_record(file: Path, runs: list[dict[str, Any]]) -> None:
     """
     if file.suffix != ".jsonl":
         raise UserError(f"{file}: the name does not end in .jsonl")
-    before = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    found = {
-        identity(run["record"]): run["record"] for run in reversed(runs)
-    }  # a copy in an inner folder doesn't count
-    lines = {identity(record): record for record in before} | dict(reversed(found.items()))
+    before = file.read_text().splitlines() if file.exists() else []
+    lines = {identity(record): record for record in map(json.loads, before)}
+    found = {identity(run["record"]): run["record"] for run in reversed(runs)}  # the outermost of several copies
+    lines |= reversed(found.items())
     write_atomically(file, "".join(json.dumps(record) + "\n" for record in lines.values()).encode())
     print(f"{file} has {len(lines)} line(s), {len(found)} of them of runs found now")
 

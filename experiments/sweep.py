@@ -22,11 +22,9 @@ import sys
 import time
 import traceback
 from argparse import SUPPRESS, Namespace
-from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -37,37 +35,41 @@ import teacher
 from harness.flags import LOW_RATE, Parser, UserError, data_name, number
 from harness.record import Stopped, entry
 from methods import METHODS
-from models import model_dict
 
 SCRIPTS = {"teacher.py": teacher.parse_args, "student.py": student.parse_args, "baseline.py": baseline.parse_args}
-# each method's script, and the flags that select the method
-KNOWN = {"teacher": ("teacher.py", {}), "alone": ("teacher.py", {}), "sskd": ("student.py", {})}
-KNOWN |= {name: ("student.py", {f"--{term}-weight": ["0"]}) for name, term in (("kd+tf", "ss"), ("kd+ss", "tf"))}
-KNOWN |= {"kd-4views": ("student.py", {"--tf-weight": ["0"], "--ss-weight": ["0"]})}
-KNOWN |= {name: ("baseline.py", {"--method": [name]}) for name in METHODS}
+NO_TF = {"--tf-weight": ["0"], "--tf-T": None, "--ratio-tf": None}
+NO_SS = {"--ss-weight": ["0"], "--ss-T": None, "--ratio-ss": None}
+# Each method's script, and its own flags, which nothing else changes. None: a flag that the method does without.
+KNOWN = {
+    "teacher": ("teacher.py", {"--few-shot": None, "--label-noise": None}),  # sees all images with their true labels
+    "alone": ("teacher.py", {}),
+    "sskd": ("student.py", {}),
+    "kd+tf": ("student.py", NO_SS),
+    "kd+ss": ("student.py", NO_TF),
+    "kd-4views": ("student.py", NO_TF | NO_SS),
+}
+for _name, _method in METHODS.items():
+    _stored = {"--t-features": None} if _method.maps else {}  # only the last feature can be stored, not the maps
+    KNOWN[_name] = ("baseline.py", {"--method": [_name]} | _stored)
 # flags that can't be the same for all runs
-OF_ONE_RUN = {"--seed", "--method", "--experiments", "--arch", "--s-arch", "--t-path", "--t-arch", "--s-path"}
-OF_ONE_RUN |= {"--gpu-id", "--evaluate", "--export"}
+OF_ONE_RUN = {"--seed", "--method", "--experiments", "--arch", "--s-arch", "--t-path", "--gpu-id", "--export"}
 
 REPORT = 60  # seconds between two reports of progress
 RETRIES = 20  # how often Ray restarts a run whose worker or node died
 
 
-@dataclass(eq=False)
-class Job:
-    """A run: its command and its state."""
-
-    method: str  # one of KNOWN
-    log: Path  # its name is the run's name
+class Job(NamedTuple):
     command: list[str]  # the script and its flags
-    teacher: "Job | None"  # the run that must finish first
-    outcome: str = "not run"  # then running, and finally finished, stopped, failed or left out
-    line: str = ""  # the last line of its log, or why there is none
+    log: Path
+    teacher: str  # the run that must finish first, if the sweep has a run of this name
+
+
+# -------------------------------------------------------------------------------------------------------- the commands
 
 
 def parse_args(argv: list[str] | None) -> Namespace:
     argv = sys.argv[1:] if argv is None else argv
-    own, after = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
+    own_end = argv.index("--") if "--" in argv else len(argv)
     parser = Parser("Runs many experiments with Ray: python experiments/sweep.py PART OPTIONS -- FLAGS OF THE SCRIPTS")
     add, seed = parser.add_argument, number(int, 0, 2**32 - 1)
     parts = "teachers: networks trained alone; similar, cross: the pairs of a published table; all: everything"
@@ -86,20 +88,20 @@ def parse_args(argv: list[str] | None) -> Namespace:
     add("--address", help="use this running Ray cluster; auto finds the one on this machine")
     add("--experiments", type=Path, default="experiments", metavar="DIR", help="folder of the run folders")
     add("--list", action="store_true", help="print the commands, teachers first, and run nothing")
-    args = parser.parse_args(own)
+    args = parser.parse_args(argv[:own_end])
 
     tables = json.loads((ROOT / "experiments" / "published_results.json").read_text())
     chosen = [args.part] if args.part in tables else ["similar", "cross"]
     args.methods = args.methods or (["sskd"] if args.pairs or args.part in tables else ["alone", "sskd"])
-    args.pairs = [pair.split(":") for pair in args.pairs or ()] or sum((tables[name]["pairs"] for name in chosen), [])
-    for pair in args.pairs:
-        if len(pair) != 2 or not set(pair) <= set(model_dict):
-            parser.error(f"--pairs: {':'.join(pair)} is not TEACHER:STUDENT, two of {', '.join(model_dict)}")
+    if args.part == "teachers":
+        args.methods = [method for method in args.methods if method == "alone"]
+    published = [pair for name in chosen for pair in tables[name]["pairs"]]
+    args.pairs = [pair.partition(":")[::2] for pair in args.pairs] if args.pairs else published
     # Here every value is a list of words; the scripts check them in `commands`.
     scripts = Parser("All flags of the scripts; their own --help explains them")
     for flag in sorted(set().union(*(flags_of(KNOWN[method][0]) for method in ("teacher", *args.methods)))):
         scripts.add_argument(flag, dest=flag, nargs="*", default=SUPPRESS, metavar="VALUE")
-    args.flags = vars(scripts.parse_args(after))
+    args.flags = vars(scripts.parse_args(argv[own_end + 1 :]))
     words = [word for flag, *values in args.grid for word in (f"--{flag.lstrip('-')}", *values)]
     args.grid = vars(scripts.parse_args(words))
     if not all(args.grid.values()):
@@ -119,30 +121,25 @@ def flags_of(script: str) -> set[str]:
     return {f"--{name.replace('_', '-')}" for name in vars(SCRIPTS[script](short[script]))}
 
 
-def make_jobs(args: Namespace) -> list[Job]:
-    """All runs: the teachers, then the networks alone, then the students, each of these seed by seed.
+def make_jobs(args: Namespace) -> dict[str, Job]:
+    """All runs by name: the teachers, then the networks alone, then the students, method by method.
 
     Raises UserError if a script refuses its flags or `--teachers` lacks a teacher.
     """
-    jobs: dict[tuple[str, ...], Job] = {}  # by command: pairs may share a teacher
-
-    def add(name: str, method: str, networks: list[str], seed: int, needed: Job | None = None) -> Job:
-        for folder, command in commands(args, method, networks, seed):
-            log = args.experiments / "logs" / f"{folder}{'_' if folder else ''}{name}.log"
-            job = jobs.setdefault(tuple(command), Job(method, log, command, needed))
-        return job
-
-    for seed, (t_arch, s_arch) in itertools.product(args.seeds, args.pairs):
+    jobs = {}  # pairs may share a teacher or a student
+    methods = ([] if args.teachers else ["teacher"]) + sorted(args.methods, key=lambda method: method != "alone")
+    for method, seed, (t_arch, s_arch) in itertools.product(methods, args.seeds, args.pairs):
         t_seed = seed if args.teacher_seed is None else args.teacher_seed
         path = teacher_folder(args, t_arch, t_seed)
-        trained = None if args.teachers else add(path.name, "teacher", ["--arch", t_arch], t_seed)
-        for method in args.methods:
-            if method == "alone":
-                add(f"alone_{s_arch}_seed{seed}", "alone", ["--arch", s_arch], seed)
-            elif args.part != "teachers":
-                networks = ["--t-path", str(path), "--s-arch", s_arch]
-                add(f"{method}_{s_arch}_seed{seed}_{path.name}", method, networks, seed, trained)
-    return sorted(jobs.values(), key=lambda job: ["teacher", "alone", job.method].index(job.method))
+        name, networks, needed = f"{method}_{s_arch}_seed{seed}", ["--arch", s_arch], ""
+        if method == "teacher":
+            name, networks, seed = path.name, ["--arch", t_arch], t_seed
+        elif method != "alone":
+            name, networks, needed = f"{name}_{path.name}", ["--t-path", str(path), "--s-arch", s_arch], path.name
+        for folder, command in commands(args, method, networks, seed):
+            full = f"{folder}_{name}" if folder else name
+            jobs[full] = Job(command, args.experiments / "logs" / f"{full}.log", needed)
+    return jobs
 
 
 def teacher_folder(args: Namespace, arch: str, seed: int) -> Path:
@@ -161,28 +158,24 @@ def teacher_folder(args: Namespace, arch: str, seed: int) -> Path:
 def commands(args: Namespace, method: str, networks: list[str], seed: int) -> Iterator[tuple[str, list[str]]]:
     """The commands for all combinations of the grid's values that matter to a method, each with its folder's name.
 
-    `networks` ends with the network to train. Raises UserError if the script refuses the flags.
+    `networks` are flags that end with the network to train.
     """
     script, own = KNOWN[method]
-    absent = {flag[2:4] for flag in own if flag.endswith("-weight")}  # terms of weight 0: tf, ss
-    fixed = {*own, *(f"--{term}-T" for term in absent), *(f"--ratio-{term}" for term in absent)}
-    grid = {flag: values for flag, values in args.grid.items() if flag in flags_of(script) - fixed}
-    unused = set()
-    if method == "teacher":
-        grid, unused = {}, {"--few-shot", "--label-noise"}  # a teacher sees all images with their true labels
-    elif method in METHODS and METHODS[method].maps:
-        unused = {"--t-features"}  # only the last feature can be stored, and this method needs maps
+    known = flags_of(script) - own.keys()
     flags = {"--lr": ["0.01" if networks[-1] in LOW_RATE else "0.05"], "--seed": [str(seed)]}
-    flags |= {flag: values for flag, values in args.flags.items() if flag in flags_of(script) - unused} | own
+    flags |= {flag: values for flag, values in args.flags.items() if flag in known} | own
+    grid = {flag: values for flag, values in args.grid.items() if flag in known and method != "teacher"}
     for values in itertools.product(*grid.values()):
         varied = dict(zip(grid, values, strict=True))
         folder = "_".join(f"{flag[2:]}_{value}" for flag, value in varied.items()).replace(" ", "-").replace("/", "-")
         chosen = flags | {flag: value.split() for flag, value in varied.items()}
-        if args.experiments / folder != Path("experiments"):
-            chosen["--experiments"] = [str(args.experiments / folder)]
-        words = networks + [word for flag, values in chosen.items() for word in (flag, *values)]
+        chosen["--experiments"] = [str(args.experiments / folder)]
+        words = networks + [word for flag, values in chosen.items() if values is not None for word in (flag, *values)]
         SCRIPTS[script](words)  # so wrong flags are found before anything starts
         yield folder, [script, *words]
+
+
+# ------------------------------------------------------------------------------------------------------------- on Ray
 
 
 @entry
@@ -190,20 +183,14 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     jobs = make_jobs(args)
     if args.list:
-        for script, *flags in (job.command for job in jobs):
+        for script, *flags in (job.command for job in jobs.values()):
             print(shlex.join(["python", os.path.relpath(ROOT / script), *flags]))
         return
     ray, share = start_ray(args.address, args.per_gpu)
-    (args.experiments / "logs").mkdir(parents=True, exist_ok=True)
-    try:
-        perform(ray, share, jobs)
-    finally:
-        ray.shutdown()
-        for job in (job for job in jobs if job.outcome in ("failed", "left out")):
-            print(f"{job.outcome}: {job.log.stem}: {job.line}")
-        counts = Counter(job.outcome for job in jobs)
-        print(f"{len(jobs)} runs: {', '.join(f'{count} {outcome}' for outcome, count in counts.items())}", flush=True)
-    if counts["finished"] < len(jobs):
+    logs = args.experiments / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    print(f"{len(jobs)} runs, logs in {logs}", flush=True)
+    if not perform(ray, share, jobs):
         sys.exit(1)
 
 
@@ -212,70 +199,63 @@ def start_ray(address: str | None, per_gpu: int) -> tuple[Any, dict[str, float]]
     settings = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}  # 0: a run is as fast as without Ray
     settings["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"  # avoids a warning
     os.environ.update(settings | os.environ)
-    # Ray's object store, which the runs don't use, would take a third of the memory
-    own = {} if address else {"include_dashboard": False, "object_store_memory": 100 * 2**20}
     try:
         import ray
-
-        ray.init(address or "local", log_to_driver=False, logging_level="ERROR", **own)
     except ImportError:
         raise UserError("Ray is missing: pip install -r requirements-experiments.txt (--list does without)") from None
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise UserError(f"no Ray cluster at {address or 'this machine'}: {error}") from error
+    # Ray's object store, which the runs don't use, would take a third of the memory
+    own = {} if address else {"include_dashboard": False, "object_store_memory": 100 * 2**20}
+    ray.init(address or "local", log_to_driver=False, logging_level="ERROR", **own)
     gpus = ray.cluster_resources().get("GPU")
     cores = [node["Resources"]["CPU"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
     share = int((1 if gpus else min(cores, default=1)) / per_gpu * 10_000) / 10_000  # rounded down: 3 thirds must fit
     return ray, {"num_gpus": share, "num_cpus": 0} if gpus else {"num_cpus": share}
 
 
-def perform(ray: Any, share: dict[str, float], jobs: list[Job]) -> None:
-    """Runs all jobs and notes what becomes of them. Raises Stopped when a signal has ended them."""
+def perform(ray: Any, share: dict[str, float], jobs: dict[str, Job]) -> bool:
+    """Runs all jobs; returns whether all of them finished. Raises Stopped when a signal has ended them."""
     signals: list[int] = []
     for each in (signal.SIGINT, signal.SIGTERM):  # an exception from a handler can get lost inside Ray
         signal.signal(each, lambda number, frame: signals.append(number))
     remote = ray.remote(max_calls=1, max_retries=RETRIES, **share)(work)  # max_calls: each run has its own process
-    tasks, began = {}, time.time()
-    for job in jobs:
-        needed = [tasks[job.teacher]] if job.teacher else []  # Ray starts the run when this task has ended
-        tasks[job] = remote.remote(job.command, job.log, os.getcwd(), *needed)
-    left, reported = {task: job for job, task in tasks.items()}, began
+    tasks: dict[str, Any] = {}
+    for name, job in jobs.items():
+        needed = [tasks[job.teacher]] if job.teacher in tasks else []  # Ray starts the run when this task has finished
+        tasks[name] = remote.remote(job.command, job.log, os.getcwd(), *needed)
+    left, failed, reported = {task: name for name, task in tasks.items()}, {}, time.time()
     while left and not signals:
-        ended, _ = ray.wait(list(left), timeout=1)
-        if is_time := time.time() > reported + REPORT:
-            reported = time.time()
-        for job in left.values():
-            if job.outcome == "not run" and job.log.exists() and job.log.stat().st_mtime > began:
-                job.outcome = "running"
-                print(f"begins: {job.log.stem}, log in {job.log}", flush=True)
-            elif job.outcome == "running" and is_time:
-                print(f"{job.log.stem}: {last_line(job.log)}", flush=True)
-        for task in ended:
-            job = left.pop(task)
+        for task in ray.wait(list(left), timeout=1)[0]:
+            name = left.pop(task)
             try:
-                status, job.line = ray.get(task)
-            except ray.exceptions.RayError as error:
-                status, job.line = 1, str(error).strip().splitlines()[-1]
-            job.outcome = "finished" if status == 0 else "stopped" if status > 128 else "failed"
-            if job.teacher and job.teacher.outcome != "finished":
-                job.outcome, job.line = "left out", f"its teacher is not finished: {job.teacher.log.stem}"
-            print(f"[{len(jobs) - len(left)}/{len(jobs)}] {job.outcome}: {job.log.stem}: {job.line}", flush=True)
-    if signals:
+                outcome = f"finished: {name}: {ray.get(task)}"
+            except ray.exceptions.RayError as error:  # the run's own, or that of its teacher
+                outcome = failed[name] = f"failed: {name}: {str(error).strip().splitlines()[-1]}"
+            print(f"[{len(jobs) - len(left)}/{len(jobs)}] {outcome}", flush=True)
+        if time.time() > reported + REPORT:
+            for log in (jobs[name].log for name in left.values()):
+                if log.exists() and log.stat().st_mtime > reported:
+                    print(f"{log.stem}: {last_line(log)}", flush=True)
+            reported = time.time()
+    if left:
         print("stopping; every run ends at its next step", flush=True)
         for task in reversed(left):  # students first, else they would start when their teacher ends
             ray.cancel(task)
         ray.wait(list(left), num_returns=len(left), timeout=60)
-        for job in left.values():
-            job.outcome = "stopped" if job.outcome == "running" else "not run"
+    print(*failed.values(), sep="\n", end="\n" if failed else "")
+    counts = {"finished": len(jobs) - len(failed) - len(left), "failed": len(failed), "not finished": len(left)}
+    print(f"{len(jobs)} runs: {', '.join(f'{count} {what}' for what, count in counts.items() if count)}", flush=True)
+    ray.shutdown()
+    if left:
         raise Stopped(signals[0])
+    return not failed
 
 
-def work(command: list[str], log: Path, folder: str, *needed: tuple[int, str]) -> tuple[int, str]:
-    """One run, in a Ray worker: its exit status and the last line of its log. `needed` is that of the teacher's run.
+def work(command: list[str], log: Path, folder: str, *needed: str) -> str:
+    """One run, in a Ray worker; returns the last line of its log. `needed` is that of the teacher's run.
 
     The script runs in the worker's own process: if the run dies, Ray notices, and `ray.cancel` acts like Ctrl-C.
+    Raises RuntimeError with the last line if the run fails; Ray then starts no run that needs it.
     """
-    if any(status for status, _ in needed):
-        return 1, ""
     os.chdir(folder)
     sys.path.insert(0, str(ROOT))
     sys.argv = command  # config.json records it
@@ -285,17 +265,16 @@ def work(command: list[str], log: Path, folder: str, *needed: tuple[int, str]) -
     sys.stdout = sys.stderr = os.fdopen(1, "w", buffering=1, closefd=False)
     where = f"{os.uname().nodename}, process {os.getpid()}, GPU {os.environ.get('CUDA_VISIBLE_DEVICES')}"
     print(f"=== {time.strftime('%F %T')} on {where}: {shlex.join(command)}")
-    status = 0
     try:
         importlib.import_module(command[0].removesuffix(".py")).main(command[1:])
     except SystemExit as end:
-        status = end.code
+        if end.code == 128 + signal.SIGTERM:  # not from this sweep: the machine shuts down, and Ray restarts the run
+            os._exit(end.code)
+        raise RuntimeError(last_line(log)) from None
     except Exception:
         traceback.print_exc()
-        status = 1
-    if status == 128 + signal.SIGTERM:  # not from this sweep: the machine shuts down, and Ray restarts the run
-        os._exit(status)
-    return status, last_line(log)
+        raise RuntimeError(last_line(log)) from None
+    return last_line(log)
 
 
 def last_line(log: Path) -> str:

@@ -22,19 +22,8 @@ from scipy.stats import t as student_t
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # wherever this is started from
 
-from experiments.runs import (
-    ABLATION,
-    BY,
-    OF_METHODS,
-    OWN,
-    flags_in,
-    frame_of,
-    leave_out,
-    read_runs,
-    shown,
-    write_record,
-)
-from harness.flags import Parser, UserError
+from experiments.runs import ABLATION, BY, OF_METHODS, OWN, flags_in, frame_of, read_runs, shown, write_record
+from harness.flags import Parser, UserError, warn
 from harness.record import entry
 
 PUBLISHED = Path(__file__).with_name("published_results.json")
@@ -62,7 +51,7 @@ def sort_into_rows(runs: pd.DataFrame, by: Sequence[str] = ()) -> pd.DataFrame:
     same = ["kind", "seed", "fingerprint"]
     again = runs.duplicated(same)
     for place in runs["place"][again & ~runs.duplicated([*same, "best", "last"])]:
-        leave_out(place, "another run has the same flags and seed (--by may tell them apart)")
+        warn(f"{place} left out: another run has the same flags and seed (--by may tell them apart)")
     runs = pd.concat([split_by_teacher(kind) for _, kind in runs[~again].groupby("kind")])
     own = [name for name in unusual_flags(runs) if name in OF_METHODS]
     order = [*by, *(name for name in unusual_flags(runs) if name not in own), *NETWORKS, *own]

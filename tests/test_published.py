@@ -63,33 +63,25 @@ def test_both_training_steps_follow_the_golden_trajectories():
         assert [logged[f"{name}_loss"] for name in ("ce", "kd", "tf", "ss")] == pytest.approx(terms, rel=5e-4)
 
 
-def networks():
-    """Teacher and student with random weights, views of 6 images, labels."""
+def test_a_step_does_the_work_of_the_published_code():
+    """The frozen teacher builds a graph, SGD updates one parameter at a time, every logged value is read."""
     torch.manual_seed(0)
     teacher, student = Wrapper(models.model_dict["resnet8"]()).eval(), Wrapper(models.model_dict["resnet8"]())
-    return teacher, student, torch.randn(24, 3, 32, 32), torch.randint(100, (6,))
-
-
-def test_the_frozen_teacher_builds_a_graph_that_is_then_detached():
-    teacher, student, x, target = networks()
-    graphs = []
+    x, target, graphs = torch.randn(24, 3, 32, 32), torch.randint(100, (6,)), []
     teacher.backbone.register_forward_hook(lambda module, x, output: graphs.append(output[1].requires_grad))
-    published.loss(teacher, student, x, target)[0].backward()
+    with Operations() as seen:
+        logged = published.step(published.sgd(student.parameters()), *published.loss(teacher, student, x, target))
     assert all(parameter.grad is None for parameter in teacher.parameters())
     published.ss_head_loss(teacher, x)[0].backward()
     assert all(parameter.grad is None for parameter in teacher.backbone.parameters())
     assert graphs == [True, True]
-
-
-def test_a_step_expands_all_pairs_and_reads_every_logged_value_from_the_device():
-    teacher, student, x, target = networks()
-    optimizer = published.sgd(student.parameters())
-    with Operations() as seen:
-        logged = published.step(optimizer, *published.loss(teacher, student, x, target))
     assert list(logged) == ["ce_loss", "kd_loss", "tf_loss", "ss_loss", "cls_acc"]
     assert all(isinstance(value, float) for value in logged.values())
     assert {"nonzero", "_local_scalar_dense"} <= seen.names
     assert not any("_foreach" in name or "_fused" in name for name in seen.names)
+
+
+def test_the_similarity_expands_all_pairs():
     with Operations() as seen:
         published.similarity(torch.randn(24, 64))
     assert seen.largest == 18 * 64 * 6
@@ -126,17 +118,6 @@ def test_the_training_views_of_an_image_share_the_flip_but_not_the_crop():
     assert set(flips) == {0, 1}
     assert all(len(set(crops[i : i + 4])) > 1 for i in range(0, 32, 4))
     assert {0, 8} <= set(np.ravel(crops).tolist())
-
-
-def test_every_epoch_shows_every_image_once_in_a_new_order():
-    torch.manual_seed(0)
-    views = published.Views(np.zeros((5, 32, 32, 3), np.uint8), np.arange(5), STATISTICS, train=True)
-    found = published.batches(views, 2)
-    epochs = [[next(found)[1].tolist() for _ in range(3)] for _ in range(3)]
-    for epoch in epochs:
-        assert [len(target) for target in epoch] == [2, 2, 1]
-        assert sorted(sum(epoch, [])) == [0, 1, 2, 3, 4]
-    assert epochs[0] != epochs[1] or epochs[1] != epochs[2]
 
 
 def test_the_term_of_crd_its_gradients_and_its_memories_equal_those_of_methods():

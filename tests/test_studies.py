@@ -26,8 +26,7 @@ NINE = ["FitNet", "AT", "SP", "VID", "RKD", "PKT", "AB", "FT", "CRD"]
 USUAL = {"images": 1.0, "epochs": 8, "noise": 0.0, "amp": "bf16", "ss_head": 0.25, "k": 0.75}
 WORDS = {"all images": {}, "a quarter": {"images": 0.25}, "wrong labels": {"noise": 0.3}, "float32": {"amp": "off"}}
 WORDS |= {"8 epochs": {}, "32 epochs": {"epochs": 32}, "teachers": {"epochs": 10}, "SS head 8 epochs": {"ss_head": 1.0}}
-WORDS |= {f"k = {k:g}": {"k": k} for k in (0.0, 0.25, 0.5, 1.0)} | {"other k": {"k": None}}
-WORDS |= {"last epoch": {"which": "last"}}
+WORDS |= {f"k = {k:g}": {"k": k} for k in (0.0, 0.25, 0.5, 1.0)} | {"last epoch": {"which": "last"}}
 
 RESULTS = {"All images": "all images", "A quarter of the images": "a quarter", "30 % wrong labels": "wrong labels"}
 RESULTS |= {"One setting changed": "a quarter"}  # the setting that all rows of a table of results share

@@ -15,7 +15,6 @@ from conftest import ROOT, SHORT, contents, run_script
 
 from experiments import sweep
 
-RATIOS = ["0", "0.25", "0.5", "0.75", "1"]
 PAIR = ["--pairs", "resnet20:resnet8"]
 
 
@@ -50,31 +49,22 @@ def test_without_options_the_published_commands_are_listed_in_their_order(listed
     assert listed() == [parsed(line) for line in lines]
     assert listed("teachers") == listed()[:13]
     assert listed("similar") == [*listed()[:4], *listed()[13:18]]  # four teachers for five students
+    assert [args.arch for _, args in listed("teachers", *PAIR)] == ["resnet20"]
 
 
-def test_a_grid_of_5_by_2_seeds_by_2_methods_is_20_students_of_2_teachers(listed):
-    jobs = listed(*PAIR, "--seeds", "0", "1", "--methods", "sskd", "kd+ss", "--grid", "ratio-ss", *RATIOS)
-    assert [name for name, _ in jobs] == ["teacher.py"] * 2 + ["student.py"] * 20
-    teachers = {(args.arch, args.seed, args.experiments) for _, args in jobs[:2]}
-    assert teachers == {("resnet20", 0, "experiments"), ("resnet20", 1, "experiments")}
-    found = {(args.seed, args.tf_weight, args.ratio_ss, args.experiments, args.t_path) for _, args in jobs[2:]}
-    assert found == {
-        (seed, weight, float(ratio), f"experiments/ratio-ss_{ratio}", f"experiments/teacher_resnet20_seed{seed}")
-        for seed in (0, 1)
-        for weight in (2.7, 0.0)
-        for ratio in RATIOS
-    }
-
-
-def test_grids_multiply_and_a_method_that_they_do_not_affect_runs_once_without_a_folder(listed):
+def test_grids_methods_and_seeds_multiply_but_a_method_that_no_grid_affects_runs_once_without_a_folder(listed):
     grids = ["--grid", "ss-T", "0.1", "0.5", "--grid", "t-milestones", "10 20", "30 45"]
-    jobs = listed(*PAIR, "--methods", "alone", "kd", "sskd", *grids)
-    assert [name for name, _ in jobs] == ["teacher.py"] * 2 + ["baseline.py"] + ["student.py"] * 4
-    assert {args.experiments for _, args in jobs[:3]} == {"experiments"}
-    assert {(args.ss_T, *args.t_milestones, args.experiments) for _, args in jobs[3:]} == {
-        (T, *epochs, f"experiments/ss-T_{T}_t-milestones_{epochs[0]}-{epochs[1]}")
+    jobs = listed(*PAIR, "--seeds", "0", "1", "--methods", "kd", "alone", "sskd", *grids)
+    assert [name for name, _ in jobs] == ["teacher.py"] * 4 + ["baseline.py"] * 2 + ["student.py"] * 8
+    assert [(args.arch, args.seed) for _, args in jobs[:4]] == [
+        (arch, seed) for arch in ("resnet20", "resnet8") for seed in (0, 1)
+    ]
+    assert {args.experiments for _, args in jobs[:6]} == {"experiments"}
+    assert {(args.seed, args.ss_T, *args.t_milestones, args.experiments, args.t_path) for _, args in jobs[6:]} == {
+        (seed, T, a, b, f"experiments/ss-T_{T}_t-milestones_{a}-{b}", f"experiments/teacher_resnet20_seed{seed}")
+        for seed in (0, 1)
         for T in (0.1, 0.5)
-        for epochs in ((10, 20), (30, 45))
+        for a, b in ((10, 20), (30, 45))
     }
 
 
@@ -155,7 +145,8 @@ def test_teacher_and_student_hold_the_same_images_out(listed, tmp_path, fails):
     ("words", "says"),
     [
         (["nope"], "invalid choice: 'nope'"),
-        (["--pairs", "resnet20:resnet9"], "--pairs: resnet20:resnet9 is not TEACHER:STUDENT"),
+        (["--pairs", "resnet20:resnet9"], "--s-arch: invalid choice: 'resnet9'"),
+        (["--pairs", "resnet20"], "--s-arch: invalid choice: ''"),
         (["similar", "--amp", "bf16"], "unrecognized arguments: --amp bf16"),
         (["--teacher-seed", "1", "--", "--val-fraction", "0.1"], "--val-fraction: students of other seeds"),
         (["--grid", "ratio-ss"], "--grid: give a flag and its values"),
@@ -204,50 +195,51 @@ def test_a_run_takes_its_share_of_a_gpu_or_of_the_cores(gpus, per_gpu, share, mo
 
 
 class FakeRay:
-    """Ends one task at each `wait`, in the order of submission. `results`: a run's status or error."""
+    """Ends one task at each `wait`, in the order of submission. `errors`: what ends a run and all that need it."""
 
     exceptions = SimpleNamespace(RayError=LookupError)
 
-    def __init__(self, results):
-        self.results = results
+    def __init__(self, errors):
+        self.errors = errors
 
     def remote(self, **options):
-        return lambda work: SimpleNamespace(remote=lambda command, log, folder, *needed: log)
+        return lambda work: SimpleNamespace(remote=self.submit)
+
+    def submit(self, command, log, folder, *needed):
+        self.errors.update((log.stem, self.errors[task.stem]) for task in needed if task.stem in self.errors)
+        return log
 
     def wait(self, tasks, timeout):
-        for i, log in enumerate(tasks):
-            log.write_text(f"one line\nbefore run {len(tasks) - i} from the end\n")
+        for log in tasks:
+            log.write_text(f"one line\nepoch 1 of {log.stem}\n")
             os.utime(log, (time.time() + 1,) * 2)
         return tasks[:1], tasks[1:]
 
     def get(self, log):
-        result = self.results.get(log.stem, 0)
-        if isinstance(result, Exception):
-            raise result
-        return result, f"status {result}"
+        if log.stem in self.errors:
+            raise LookupError(self.errors[log.stem])
+        return "done"
 
     def shutdown(self):
         pass
 
 
-def test_what_becomes_of_a_run_follows_from_its_status_and_its_teacher(tmp_path, monkeypatch, capsys):
-    results = {"teacher_vgg8_seed0": 1, "teacher_vgg11_seed0": LookupError("the\nnode died")}
-    results |= {"teacher_vgg13_seed0": 143, "sskd_resnet8_seed0_teacher_resnet20_seed0": 130}
-    monkeypatch.setattr(sweep, "start_ray", lambda *_: (FakeRay(results), {}))
+def test_a_failure_is_reported_for_the_run_and_those_that_need_it_and_the_others_go_on(tmp_path, monkeypatch, capsys):
+    errors = {"teacher_vgg8_seed0": "the\nnode died", "sskd_resnet8_seed0_teacher_vgg11_seed0": "no space"}
+    monkeypatch.setattr(sweep, "start_ray", lambda *_: (FakeRay(errors), {}))
     monkeypatch.setattr(sweep, "REPORT", -1)  # progress is reported at every look
-    pairs = [f"{teacher}:resnet8" for teacher in ("vgg8", "vgg11", "vgg13", "resnet20")]
+    pairs = [f"{teacher}:resnet8" for teacher in ("vgg8", "vgg11", "vgg13")]
     with pytest.raises(SystemExit) as end:
         sweep.main(["--pairs", *pairs, "--experiments", str(tmp_path)])
     assert end.value.code == 1
     lines = capsys.readouterr().out.splitlines()
-    name, reason = "left out: sskd_resnet8_seed0_teacher_{0}_seed0", "its teacher is not finished: teacher_{0}_seed0"
-    left_out = [f"{name}: {reason}".format(arch) for arch in ("vgg8", "vgg11", "vgg13")]
-    failed = ["failed: teacher_vgg8_seed0: status 1", "failed: teacher_vgg11_seed0: node died"]
-    assert lines[-6:] == [*failed, *left_out, "8 runs: 2 failed, 2 stopped, 1 finished, 3 left out"]
-    log = tmp_path / "logs" / "teacher_vgg11_seed0.log"
-    assert lines.count(f"begins: teacher_vgg11_seed0, log in {log}") == 1
-    assert "teacher_resnet20_seed0: before run 5 from the end" in lines
-    assert "[4/8] finished: teacher_resnet20_seed0: status 0" in lines
+    student = "sskd_resnet8_seed0_teacher_{}_seed0"
+    failed = ["failed: teacher_vgg8_seed0: node died", f"failed: {student.format('vgg8')}: node died"]
+    failed += [f"failed: {student.format('vgg11')}: no space"]
+    assert lines[0] == f"6 runs, logs in {tmp_path / 'logs'}"
+    assert lines[-4:] == [*failed, "6 runs: 3 finished, 3 failed"]
+    assert f"{student.format('vgg13')}: epoch 1 of {student.format('vgg13')}" in lines
+    assert "[2/6] finished: teacher_vgg11_seed0: done" in lines
 
 
 # ------------------------------------------------------------------------------------------------------------- on Ray
@@ -325,7 +317,7 @@ def test_ctrl_c_at_any_moment_and_the_same_command_again_is_as_never_stopped(sta
         os.killpg(process.pid, signal.SIGINT)
         output, error = process.communicate()
         assert (process.returncode, error) == (130, "sweep.py: stopped by SIGINT; the same command continues\n"), output
-        outcomes = "1 stopped, 1 not run" if folder == TEACHER else "1 finished, 1 stopped"
+        outcomes = "2 not finished" if folder == TEACHER else "1 finished, 1 not finished"
         assert output.splitlines()[-1] == f"2 runs: {outcomes}"
         assert not (runs / folder / "result.json").exists()
     process = start(*SWEEP)
@@ -336,22 +328,20 @@ def test_ctrl_c_at_any_moment_and_the_same_command_again_is_as_never_stopped(sta
 
 
 @pytest.mark.slow
-def test_a_teacher_that_fails_leaves_out_its_students_and_no_others(start, tmp_path):
+def test_a_teacher_that_fails_fails_its_students_and_no_others(start, tmp_path):
     runs = tmp_path / "runs"
-    (runs / "teacher_resnet14_seed0").mkdir(parents=True)
-    (runs / "teacher_resnet14_seed0" / "config.json").write_text("{}")  # damaged
+    runs.mkdir()
+    (runs / "teacher_resnet14_seed0").write_text("in the way")
     words = ["--pairs", "resnet14:resnet8", "resnet8:resnet14x05", "--methods", "kd", "sskd"]
     flags = [*SHORT, *"--t-epoch 1 --t-milestones 1".split()]
     process = start(*words, "--per-gpu", "2", "--experiments", "runs", flags=flags)
     output, error = process.communicate()
     assert (process.returncode, error) == (1, "")
-    *others, failed, first, second, last = output.splitlines()
-    assert failed.startswith("failed: teacher_resnet14_seed0: teacher.py: error: ")
+    *_, failed, first, second, last = output.splitlines()
+    assert failed.startswith("failed: teacher_resnet14_seed0: ") and "teacher.py: error: " in failed
     for method, line in (("kd", first), ("sskd", second)):
-        name = f"left out: {method}_resnet8_seed0_teacher_resnet14_seed0"
-        assert line == f"{name}: its teacher is not finished: teacher_resnet14_seed0"
-    assert last == "6 runs: 1 failed, 3 finished, 2 left out"
-    begun = [line.split(",")[0] for line in others if line.startswith("begins: ")]
-    assert {f"begins: {name}" for name in (TEACHER, f"sskd_resnet14x05_seed0_{TEACHER}")} <= set(begun)
-    assert not any("resnet8_seed0_teacher_resnet14_seed0" in line for line in begun)
+        assert line.startswith(f"failed: {method}_resnet8_seed0_teacher_resnet14_seed0: ")
+        assert "teacher.py: error: " in line  # its teacher's
+    assert last == "6 runs: 3 finished, 3 failed"
+    assert not list(runs.glob("logs/*_resnet8_seed0_teacher_resnet14_seed0.log"))  # they were not started
     assert len(list(runs.glob("*/result.json"))) == 3
