@@ -43,6 +43,8 @@ class Stopped(BaseException):
 
 
 def _stop(number: int, frame: FrameType | None) -> NoReturn:
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, signal.SIG_IGN)  # an impatient second Ctrl-C must not disturb the ending
     raise Stopped(number)
 
 
@@ -58,6 +60,9 @@ def entry(main: Callable) -> Callable:
         if threading.current_thread() is not threading.main_thread():  # other threads get no signals
             signals = ()
         handlers = {number: signal.signal(number, _stop) for number in signals}
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="backslashreplace")  # not every terminal has a λ, or the letters of a path
         try:
             return main(argv)
         except UserError as error:
@@ -76,7 +81,7 @@ def entry(main: Callable) -> Callable:
             status, line = 1, f"error: {str(error) or type(error).__name__}"
         except Stopped as stop:
             status = 128 + stop.args[0]
-            line = f"stopped by {signal.Signals(stop.args[0]).name}; the same command continues"
+            line, handlers = f"stopped by {signal.Signals(stop.args[0]).name}; the same command continues", {}
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)

@@ -120,7 +120,7 @@ class Source:
         Raises:
             UserError: the network was trained on other classes or on images of another size.
         """
-        _check(about, "side", self.side, self.name, file)
+        _check(about, "side", self.side, "pixels a side", self.name, file)
         names, source = about.get("names", self.classes), self
         if names != self.classes:
             for theirs, ours in zip_longest(sorted(names), sorted(self.classes)):
@@ -130,7 +130,7 @@ class Source:
             splits = {half: getattr(self, half) for half in ("train", "test", "val") if getattr(self, half)}
             splits = {half: split._replace(labels=label[split.labels]) for half, split in splits.items()}
             source = replace(self, classes=list(names), **splits)
-        _check(about, "classes", len(self.classes), self.name, file)
+        _check(about, "classes", len(self.classes), "classes", self.name, file)
         if {"mean", "std"} <= about.keys():
             return replace(source, mean=tuple(about["mean"]), std=tuple(about["std"]))
         if file is not None:
@@ -139,9 +139,9 @@ class Source:
         return source
 
 
-def _check(about: Mapping[str, Any], what: str, here: int, name: str, file: Path | None) -> None:
-    if (there := about.get(what, here)) != here:
-        raise UserError(f"{file}: it was trained on {about.get('dataset')}, {what}: {there}; {name} has {here}")
+def _check(about: Mapping[str, Any], key: str, here: int, what: str, name: str, file: Path | None) -> None:
+    if (there := about.get(key, here)) != here:
+        raise UserError(f"{file}: it was trained on {about.get('dataset')}, {there} {what}; {name} has {here}")
 
 
 def read(
@@ -197,7 +197,7 @@ def read_for(
     if name not in DATASETS:
         raise UserError(f"{file}: it was trained on {name:.80}, a data set unknown here; give --dataset")
     if name in CLASSES:
-        _check(about, "classes", len(CLASSES[name]), name, file)  # before anything is downloaded
+        _check(about, "classes", len(CLASSES[name]), "classes", name, file)  # before anything is downloaded
     side = args.side
     if name != trained_on:
         warn(f"{file} says that it was trained on {trained_on:.80}, not on {name}; without --dataset that is taken")

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -65,6 +66,12 @@ def plain(value):
     if isinstance(value, dict):
         return {name: plain(part) for name, part in value.items() if name not in ("seconds", "starts", "path")}
     return [plain(part) for part in value] if isinstance(value, list | tuple) else value
+
+
+def colours(height, width):
+    """An image whose every pixel differs from its neighbours: (height, width, 3) uint8."""
+    y, x = np.mgrid[:height, :width]
+    return np.stack([x * 255 // width, y * 255 // height, (x + y) * 128 // (height + width)], 2).astype(np.uint8)
 
 
 @pytest.fixture(scope="session")

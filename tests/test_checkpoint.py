@@ -324,7 +324,12 @@ class Surprise:
 
 
 @pytest.mark.parametrize(
-    ("content", "named"), [(Surprise(), "_pytest.outcomes."), (nn.Linear(1, 1), "torch.nn.modules.linear.Linear")]
+    ("content", "named"),
+    [
+        (Surprise(), "_pytest.outcomes."),
+        (nn.Linear(1, 1), "torch.nn.modules.linear.Linear"),
+        (defaultdict(list, a=[1]), "collections.defaultdict"),
+    ],
 )
 def test_a_pickle_with_objects_is_refused_and_not_run(content, named, state, tmp_path):
     message = complaint(save({"state_dict": state, "extra": content}, tmp_path / "best.pth"), arch="resnet8")
@@ -378,7 +383,7 @@ BESIDE = {
     "dates": [datetime.datetime(2020, 1, 2, tzinfo=datetime.timezone.utc), datetime.timedelta(1)],  # noqa: UP017
     "random states": [random.getstate(), np.random.get_state(), torch.get_rng_state()],
     "paths": [Path("a/b"), PureWindowsPath("a")],
-    "flags": [Namespace(lr=0.1), SimpleNamespace(lr=0.1), {1, 2}, defaultdict(list, a=[1])],
+    "flags": [Namespace(lr=0.1), SimpleNamespace(lr=0.1), {1, 2}],
 }
 
 

@@ -7,6 +7,7 @@ import zlib
 
 import numpy as np
 import pytest
+from conftest import colours
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
@@ -201,6 +202,48 @@ def test_grey_of_any_depth_is_scaled_to_8_bits(name, values, settings, expected,
 def test_pixels_whose_meaning_is_not_certain_are_refused(values, tags, tmp_path):
     with pytest.raises(UserError, match="a.tiff cannot be read as an image .*range"):
         folders.square(save(tmp_path / "a.tiff", values, tiffinfo=tags), 32)
+
+
+COLOURS, NUMBERS = colours(32, 32), np.arange(1024).reshape(32, 32)
+OF_GREY, ODD = NUMBERS[..., None].repeat(3, 2), NUMBERS[..., None] % 2
+TWO = Image.fromarray((NUMBERS % 2).astype(np.uint8), "P")
+TWO.putpalette([10, 20, 30, 40, 50, 60])
+RGBA = Image.fromarray(np.dstack([COLOURS, ODD * 255]).astype(np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("image", "expected", "settings"),
+    [
+        (Image.fromarray(COLOURS), COLOURS, {}),
+        (Image.fromarray(NUMBERS.astype(np.uint8)), OF_GREY % 256, {}),
+        (RGBA, np.where(ODD, COLOURS, 255), {}),
+        (TWO, np.where(ODD, [40, 50, 60], [10, 20, 30]), {}),
+        (TWO, np.where(ODD, [40, 50, 60], 255), {"transparency": 0}),
+        (Image.fromarray(COLOURS), np.rot90(COLOURS, -1), {"exif": {0x0112: 6}}),  # to be turned clockwise
+        (Image.fromarray(COLOURS), COLOURS[:, ::-1], {"exif": {0x0112: 2}}),  # to be mirrored
+    ],
+    ids=["RGB", "L", "RGBA", "P", "transparent P", "turned", "mirrored"],
+)
+def test_images_of_every_kind_become_rgb(image, expected, settings, tmp_path):
+    if "exif" in settings:
+        exif = Image.Exif()
+        exif.update(settings["exif"])
+        settings = {"exif": exif}
+    image.save(tmp_path / "image.png", **settings)
+    assert np.array_equal(folders.square(tmp_path / "image.png", 32), expected)
+
+
+@pytest.mark.parametrize(("height", "width"), [(100, 50), (20, 31), (32, 90)])
+@pytest.mark.parametrize("side", [32, 64])
+def test_the_shorter_side_is_resized_and_the_centre_kept(height, width, side, tmp_path):
+    Image.fromarray(colours(height, width)).save(tmp_path / "image.png")
+    got = folders.square(tmp_path / "image.png", side).astype(float)
+    scale = side / min(height, width)
+    place = [(n - side / scale) / 2 + (np.arange(side) + 0.5) / scale for n in (height, width)]  # in the large image
+    for channel, axis, length in ((0, 1, width), (1, 0, height)):  # red grows to the right, green downwards
+        exact = (place[axis] - 0.5) * 255 / length
+        line = got[side // 2, :, channel] if axis else got[:, side // 2, channel]
+        assert np.abs(line - exact)[2:-2].max() < 255 / length * (0.5 + 1 / scale) + 1.5
 
 
 def chunk(name, content, damage=0):

@@ -13,12 +13,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import colours
 from PIL import Image
 
 import cifar
 import student
 import teacher
-from harness import sources
+from harness import folders, sources
 from harness.flags import UserError
 from harness.sources import CLASSES, Source, Split
 
@@ -130,7 +131,7 @@ def test_cifar_py_downloads_a_data_set_and_prints_what_it_contains(archive, root
 
 
 @pytest.fixture
-def folders(tiny, root):
+def png_root(tiny, root):
     """`tiny` as PNG files in class folders below a data root; the data root."""
     for half, (pixels, labels) in zip(("train", "test"), tiny, strict=True):
         for i, (image, label) in enumerate(zip(pixels, labels, strict=True)):
@@ -141,12 +142,12 @@ def folders(tiny, root):
 
 
 @pytest.mark.parametrize("place", ["cifar100", "CIFAR-100-dataset", "."])
-def test_class_folders_of_cifar100_give_the_same_source_as_its_archive(place, folders, archive, tmp_path):
-    (folders / "cifar100").rename(tmp_path / "moved")
+def test_class_folders_of_cifar100_give_the_same_source_as_its_archive(place, png_root, archive, tmp_path):
+    (png_root / "cifar100").rename(tmp_path / "moved")
     if place == ".":
         folders.rmdir()
-    (tmp_path / "moved").rename(folders / place)
-    source = read_for({}, folders)  # without a checkpoint and --dataset it is CIFAR-100
+    (tmp_path / "moved").rename(png_root / place)
+    source = read_for({}, png_root)  # without a checkpoint and --dataset it is CIFAR-100
     assert_equal(source, archive.source)
     assert source.fingerprint == archive.source.fingerprint
 
@@ -160,68 +161,16 @@ def exchange(first, second):
     ("change", "says"),
     [
         (lambda bed, bee: bed.unlink(), "the 199 train images are not CIFAR-100's"),
-        (lambda bed, bee: bed.write_bytes(bed.read_bytes()[:500]), "cannot be read as an image .*; fetch it again"),
+        (lambda bed, bee: bed.write_bytes(bed.read_bytes()[:500]), "cannot be read as an image .*: fetch it again"),
         (lambda bed, bee: Image.new("RGB", (32, 32)).save(bed), "the 200 train images are not CIFAR-100's"),
         (exchange, "the 200 train images are not CIFAR-100's, or some lie in the wrong class"),
     ],
 )
-def test_class_folders_that_are_not_cifar100_are_refused(change, says, folders):
-    change(*(min((folders / "cifar100" / "train" / name).iterdir()) for name in ("bed", "bee")))
+def test_class_folders_that_are_not_cifar100_are_refused(change, says, png_root):
+    change(*(min((png_root / "cifar100" / "train" / name).iterdir()) for name in ("bed", "bee")))
     with pytest.raises(UserError, match=says):
-        sources.read("cifar100", folders)
-    assert not list(folders.glob("*.npz"))
-
-
-# ------------------------------------------------------------------------------------------------- images of any kind
-
-
-def colours(height, width):
-    """An image whose every pixel differs from its neighbours: (height, width, 3) uint8."""
-    y, x = np.mgrid[:height, :width]
-    return np.stack([x * 255 // width, y * 255 // height, (x + y) * 128 // (height + width)], 2).astype(np.uint8)
-
-
-COLOURS, NUMBERS = colours(32, 32), np.arange(1024).reshape(32, 32)
-GREY, ODD = NUMBERS[..., None].repeat(3, 2), NUMBERS[..., None] % 2
-TWO = Image.fromarray((NUMBERS % 2).astype(np.uint8), "P")
-TWO.putpalette([10, 20, 30, 40, 50, 60])
-RGBA = Image.fromarray(np.dstack([COLOURS, ODD * 255]).astype(np.uint8))
-
-
-@pytest.mark.parametrize(
-    ("image", "expected", "settings"),
-    [
-        (Image.fromarray(COLOURS), COLOURS, {}),
-        (Image.fromarray(NUMBERS.astype(np.uint8)), GREY % 256, {}),
-        (Image.fromarray((NUMBERS * 64).astype(np.uint16)), GREY // 4, {}),
-        (RGBA, np.where(ODD, COLOURS, 255), {}),
-        (TWO, np.where(ODD, [40, 50, 60], [10, 20, 30]), {}),
-        (TWO, np.where(ODD, [40, 50, 60], 255), {"transparency": 0}),
-        (Image.fromarray(COLOURS), np.rot90(COLOURS, -1), {"exif": {0x0112: 6}}),  # to be turned clockwise
-        (Image.fromarray(COLOURS), COLOURS[:, ::-1], {"exif": {0x0112: 2}}),  # to be mirrored
-    ],
-    ids=["RGB", "L", "I;16", "RGBA", "P", "transparent P", "turned", "mirrored"],
-)
-def test_images_of_every_kind_become_rgb(image, expected, settings, tmp_path):
-    if "exif" in settings:
-        exif = Image.Exif()
-        exif.update(settings["exif"])
-        settings = {"exif": exif}
-    image.save(tmp_path / "image.png", **settings)
-    assert np.array_equal(sources.square(tmp_path / "image.png", 32), expected)
-
-
-@pytest.mark.parametrize(("height", "width"), [(100, 50), (20, 31), (32, 90)])
-@pytest.mark.parametrize("side", [32, 64])
-def test_the_shorter_side_is_resized_and_the_centre_kept(height, width, side, tmp_path):
-    Image.fromarray(colours(height, width)).save(tmp_path / "image.png")
-    got = sources.square(tmp_path / "image.png", side).astype(float)
-    scale = side / min(height, width)
-    place = [(n - side / scale) / 2 + (np.arange(side) + 0.5) / scale for n in (height, width)]  # in the large image
-    for channel, axis, length in ((0, 1, width), (1, 0, height)):  # red grows to the right, green downwards
-        exact = (place[axis] - 0.5) * 255 / length
-        line = got[side // 2, :, channel] if axis else got[:, side // 2, channel]
-        assert np.abs(line - exact)[2:-2].max() < 255 / length * (0.5 + 1 / scale) + 1.5
+        sources.read("cifar100", png_root)
+    assert not list(png_root.glob("*.npz"))
 
 
 # ---------------------------------------------------------------------------------------------- your own class folders
@@ -249,14 +198,16 @@ def test_class_folders_are_read_with_their_classes_and_statistics(side, test, ro
     assert source.test.labels.tolist() == [0] * 3 + [1] * 3 + [2] * 3
     assert source.train.pixels.shape == (18, side, side, 3)
     for i, file in (7, "train/dog/b.bmp"), (17, "train/emu/more/c.webp"):
-        assert np.array_equal(source.train.pixels[i], sources.square(root / file, side))
-    assert np.array_equal(source.test.pixels[0], sources.square(root / test / "cat" / "a.JPG", side))
+        assert np.array_equal(source.train.pixels[i], folders.square(root / file, side))
+    assert np.array_equal(source.test.pixels[0], folders.square(root / test / "cat" / "a.JPG", side))
     values = source.train.pixels.numpy().reshape(-1, 3) / 255
     assert source.mean == pytest.approx(values.mean(0), abs=1e-9)
     assert source.std == pytest.approx(values.std(0), abs=1e-9)
-    about = {"dataset": "folder", "classes": 3, "side": side, "mean": list(source.mean), "std": list(source.std)}
-    assert (source.about, source.classes) == (about, ["cat", "dog", "emu"])
-    assert capfd.readouterr() == ("", "")
+    about = {"dataset": "folder", "classes": 3, "names": ["cat", "dog", "emu"], "side": side}
+    assert source.about == about | {"mean": list(source.mean), "std": list(source.std)}
+    line = "data: 18 training and 9 test images of 3 classes, 1 files ignored (.txt 1)\n"
+    assert capfd.readouterr() == (line, "")
+    assert source.counts == {"train": 18, "val": 0, "test": 9, "ignored": {".txt": 1}}
 
 
 def save(file):
@@ -264,24 +215,28 @@ def save(file):
     Image.new("RGB", (40, 40)).save(file)
 
 
-@pytest.mark.parametrize(
-    ("change", "says"),
-    [
-        (lambda root: (root / "test").rename(root / "tests"), "test: no such folder; --data-root needs train/CLASS/"),
-        (lambda root: save(root / "train/fox/a.png"), "class fox is in .*train but not in .*test"),
-        (lambda root: (root / "train/fox").mkdir(), "train/fox holds no image"),
-        (
-            lambda root: [shutil.rmtree(x) for x in root.glob("*/[de]*")],
-            "train: too few class folders; --data-root needs .* at least 2 classes",
-        ),
-        (lambda root: [x.write_bytes(b"a") for x in root.glob("train/cat/[ab].*")], "a.JPG cannot be read as an image"),
-    ],
-)
-def test_class_folders_that_cannot_be_used_are_refused(change, says, root):
-    change(own_data(root))
-    with pytest.raises(UserError, match=says):
+def test_an_image_that_cannot_be_read_is_named_and_nothing_is_kept(root):
+    (own_data(root) / "train/cat/b.bmp").write_bytes(b"a")
+    with pytest.raises(UserError, match="b.bmp cannot be read as an image"):
         sources.read("folder", root)
     assert not list(root.glob("*.npz"))
+
+
+def test_images_in_val_choose_the_best_epoch_if_test_has_classes_too(root, capsys):
+    own_data(root)
+    (root / "test").rename(root / "val")
+    own_data(root / "more")
+    (root / "more/test").rename(root / "test")
+    save(root / "val/dog/z.png")
+    source = sources.read("folder", root)
+    assert [len(split.labels) for split in (source.train, source.val, source.test)] == [18, 10, 9]
+    assert_equal(source, sources.read("folder", root))  # from the cache
+    assert replace(source, val=source.test).fingerprint != source.fingerprint
+    data = cifar.load(source, teacher.parse_args(["--arch", "resnet8"]), "cpu")
+    assert torch.equal(data.val.pixels, source.val.pixels) and torch.equal(data.test.pixels, source.test.pixels)
+    assert len(data.train) == 18 and data.about["tested"] == 10
+    with pytest.raises(UserError, match="--val-fraction: the best epoch is chosen on the images in val/"):
+        cifar.load(source, teacher.parse_args(["--arch", "resnet8", "--val-fraction", "0.1"]), "cpu")
 
 
 # ---------------------------------------------------------------------------------------------- caches and fingerprints
@@ -291,7 +246,7 @@ def test_class_folders_that_cannot_be_used_are_refused(change, says, root):
 def once_read(request, root):
     """A data set that has been read once: its name, root, source and cache."""
     name = request.param
-    own_data(root) if name == "folder" else request.getfixturevalue("folders")
+    own_data(root) if name == "folder" else request.getfixturevalue("png_root")
     source = sources.read(name, root)
     return SimpleNamespace(name=name, root=root, source=source, cache=next(root.glob("*.npz")))
 
@@ -302,7 +257,7 @@ def test_a_cache_equals_a_fresh_read_and_a_damaged_one_is_made_again(damage, onc
     flipped = good[:5000] + bytes([good[5000] ^ 1]) + good[5001:]
     once_read.cache.write_bytes(flipped if damage == "flipped" else good[: len(good) // 2])
     assert_equal(sources.read(once_read.name, once_read.root), once_read.source)
-    monkeypatch.setattr(sources, "_split_of", None)
+    monkeypatch.setattr(folders, "decode", None)
     assert_equal(sources.read(once_read.name, once_read.root), once_read.source)
 
 
@@ -362,34 +317,65 @@ def test_a_fingerprint_changes_with_any_pixel_label_or_class_name():
 # -------------------------------------------------------------------------------------------- a checkpoint's data set
 
 
-def read_for(about, root, *words):
+def read_for(about, root, *words, **more):
     args = teacher.parse_args(["--arch", "resnet8", "--data-root", str(root), *words])
-    return sources.read_for(args, about, "best.pth" if about else None)
+    return sources.read_for(args, about, "best.pth" if about else None, **more)
 
 
-def test_a_checkpoints_data_set_and_side_are_taken_unless_flags_say_otherwise(root, capsys):
-    about = {"dataset": "folder", "classes": 3, "side": 64}
+MOMENTS = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
+
+
+def test_a_checkpoints_data_set_side_and_moments_are_taken(root, capsys):
+    about = {"dataset": "folder", "classes": 3, "side": 64} | MOMENTS
     own_data(root)
-    for words, side in ((), 64), (["--dataset", "folder"], 64), (["--side", "32"], 32):
+    for words in [], ["--dataset", "folder"], ["--side", "64"]:
         source = read_for(about, root, *words)
-        assert (source.name, source.side) == ("folder", side)
+        assert (source.name, source.side) == ("folder", 64)
+        assert [list(source.mean), list(source.std)] == list(MOMENTS.values())
     assert capsys.readouterr().err == ""
     size = "--dataset synthetic --train-size 5 --test-size 5".split()
     assert read_for({"dataset": "cifar100", "classes": 100}, "nowhere", *size).name == "synthetic"
-    assert "best.pth says that it was trained on cifar100, not on synthetic" in capsys.readouterr().err
+    printed = capsys.readouterr()
+    assert "best.pth says that it was trained on cifar100, not on synthetic" in printed.err
+    assert "normalised by mean and deviation of synthetic; best.pth does not say its own" in printed.out
+
+
+def test_classes_in_another_order_are_brought_into_the_networks_order(root):
+    """A network learnt the classes under other numbers."""
+    own = sources.read("folder", own_data(root))
+    seen = read_for({"dataset": "folder", "names": ["emu", "cat", "dog"]} | MOMENTS, root)
+    assert seen.classes == ["emu", "cat", "dog"]
+    for ours, theirs in ((own.train, seen.train), (own.test, seen.test)):
+        assert [own.classes[i] for i in ours.labels] == [seen.classes[i] for i in theirs.labels]
+        assert torch.equal(ours.pixels, theirs.pixels)
+    assert seen.fingerprint != own.fingerprint
+
+
+def test_a_test_needs_no_training_images(root):
+    whole = sources.read("folder", own_data(root))
+    shutil.rmtree(root / "train")
+    about = whole.about | MOMENTS
+    seen = read_for(about, root, train=False)
+    assert torch.equal(seen.test.pixels, whole.test.pixels) and torch.equal(seen.test.labels, whole.test.labels)
+    assert seen.about == about and len(seen.train.labels) == 0
+    with pytest.raises(UserError, match="train: no such folder"):  # their mean and deviation are needed
+        read_for({"dataset": "folder", "classes": 3}, root, train=False)
 
 
 @pytest.mark.parametrize(
-    ("about", "says"),
+    ("about", "words", "says"),
     [
-        ({"dataset": "folder", "classes": 4}, "best.pth: it was trained on folder, 4 classes; folder has 3"),
-        ({"dataset": "imagenet", "classes": 1000}, "imagenet, a data set unknown here; give --dataset"),
+        ({"dataset": "folder", "classes": 4}, [], "best.pth: it was trained on folder, 4 classes; folder has 3"),
+        ({"dataset": "imagenet", "classes": 1000}, [], "imagenet, a data set unknown here; give --dataset"),
+        ({"dataset": "folder", "side": 64}, ["--side", "32"], "trained on folder, 64 pixels a side; folder has 32"),
+        ({"dataset": "folder", "names": ["cat", "cow", "dog"]}, [], "on other classes: cow there is dog here"),
+        ({"dataset": "folder", "names": ["cat", "dog"]}, [], "on other classes: None there is emu here"),
     ],
 )
-def test_a_data_set_that_does_not_fit_is_refused(about, says, root):
+def test_a_data_set_that_does_not_fit_is_refused(about, words, says, root):
     own_data(root)
     with pytest.raises(UserError, match=says):
-        read_for(about, root)
+        read_for(about, root, *words)
 
 
 # ----------------------------------------------------------------------------------------------------- with the scripts
