@@ -64,7 +64,7 @@ def _as_pt2(program: torch.export.ExportedProgram, about: str, images: Tensor) -
 def _as_onnx(program: torch.export.ExportedProgram, about: str, images: Tensor) -> tuple[bytes, Tensor]:
     import onnx.reference  # an optional package
 
-    names = {"input_names": ["images"], "output_names": ["logits"]}
+    names = {"input_names": ["images"], "output_names": ["logits"], "dynamic_shapes": ({0: "batch"},)}
     model = torch.onnx.export(program, dynamo=True, verbose=False, **names).model_proto
     for name, value in json.loads(about).items():
         model.metadata_props.add(key=name, value=value if isinstance(value, str) else json.dumps(value))

@@ -83,14 +83,14 @@ class Source:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What a run records of its data: dataset, side, mean, std and, as `data`, the fingerprint."""
-        about = {name: self.about[name] for name in ("dataset", "side", "mean", "std")}
-        return about | {"data": self.fingerprint}
+        """What a run records of its data: dataset, side and, as `data`, the fingerprint."""
+        return {"dataset": self.name, "side": self.side, "data": self.fingerprint}
 
     @cached_property
     def fingerprint(self) -> str:
-        """A short name for exactly these pixels, labels and class names: 16 hexadecimal digits."""
+        """A short name for exactly these pixels, labels, class names and moments: 16 hexadecimal digits."""
         digest = hashlib.sha256("\0".join(self.classes).encode(errors="surrogateescape"))
+        digest.update(str((self.mean, self.std)).encode())
         for tensor in (*self.train, *self.test, *(self.val or ())):
             digest.update(str(tuple(tensor.shape)).encode())
             digest.update(tensor.contiguous().numpy())

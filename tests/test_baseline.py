@@ -89,10 +89,10 @@ def test_every_method_trains_and_leaves_its_checkpoint_its_log_and_its_curves(me
     first = [line for line in lines_of(folder) if line["phase"] == "first"]
     main = [line for line in lines_of(folder) if line["phase"] == "student"]
     assert ([line["epoch"] for line in first], len(main)) == ([1, 2] if method in ("ab", "ft") else [], 2)
-    assert all(set(line) == {"phase", "epoch", "train/first_loss", "train/first_lr"} for line in first)
-    tags = {"train/ce_loss", "train/kd_loss", f"train/{method}_loss", "train/cls_acc", "train/lr"}
+    assert all(set(line) == {"phase", "epoch", "seconds", "train/first_loss", "train/first_lr"} for line in first)
+    tags = {"train/loss", "train/ce_loss", "train/kd_loss", f"train/{method}_loss", "train/cls_acc", "train/lr"}
     tags |= {"val/ce_loss", "val/cls_acc", "val/cls_acc_top5"}
-    assert all(set(line) == tags | {"phase", "epoch"} for line in main)
+    assert all(set(line) == tags | {"phase", "epoch", "seconds"} for line in main)
     events = EventAccumulator(str(folder / "events")).Reload()
     for tag in tags:
         assert [x.value for x in events.Scalars(tag)] == pytest.approx([line[tag] for line in main]), tag

@@ -256,7 +256,7 @@ def test_tensorboard_shows_the_curves_of_both_phases(runs, events):
     head = {f"{split}/teacher_ssp_{what}" for split in ("train", "val") for what in ("loss", "acc")}
     head |= {"train/teacher_lr"}
     terms = {f"train/{name}" for name in ("ce_loss", "kd_loss", "tf_loss", "ss_loss", "cls_acc", "ss_acc", "lr")}
-    tags = head | terms | {"val/ce_loss", "val/cls_acc", "val/cls_acc_top5"}
+    tags = head | terms | {"train/loss", "val/ce_loss", "val/cls_acc", "val/cls_acc_top5"}
     others = {f"speed/{phase}_images_per_second" for phase in ("ss_head", "student")}
     assert set(events.Tags()["scalars"]) == tags | others | {"final/best_acc", "final/last_acc"}
     lines = [json.loads(line) for line in (runs.student / "log.jsonl").read_text().splitlines()]

@@ -34,7 +34,7 @@ def test_a_run_leaves_its_checkpoints_its_flags_and_its_result(runs):
     assert set(best) == {"epoch", "state_dict", "acc", "about"}
     mean, std = ([value] * 3 for value in (0.1863, 0.2018))
     about = {"arch": "resnet8", "dataset": "synthetic", "classes": 100, "side": 32, "mean": mean, "std": std}
-    assert best["about"] == about | {"tested": 40}
+    assert best["about"] == about | {"names": sources.CLASSES["synthetic"], "tested": 40}
     assert (best["acc"], best["epoch"]) == (result["best_acc"], result["best_epoch"])
     assert (result["epochs"], result["params"], result["multiply_adds"]) == (3, 83_892, 12_507_392)
     assert result["seconds"] > 0
@@ -43,6 +43,7 @@ def test_a_run_leaves_its_checkpoints_its_flags_and_its_result(runs):
         "arch": "resnet8", "dataset": "synthetic", "side": 32,
     }  # fmt: skip
     assert config["starts"][0]["torch"] == torch.__version__
+    assert config["starts"][0]["images"] == {"train": 48, "val": 0, "test": 40, "ignored": {}}
     assert [line["epoch"] for line in lines] == [1, 2, 3]
     assert max(line["val/cls_acc"] for line in lines) == result["best_acc"]
     assert lines[-1]["val/cls_acc"] == result["last_acc"]
