@@ -106,7 +106,7 @@ def test_an_accuracy_is_doubted_beyond_one_point_and_beyond_sampling(acc, images
 def report(acc=None, flags=(), **about):
     """`report_teacher` of an untrained network, with some entries of its checkpoint."""
     source = sources.read("synthetic", "unused", sizes=(400, 4))
-    data = cifar.load(source, args_of("--test-size", "4", "--batch-size", "4", *flags), CPU)
+    data = cifar.load(source, args_of("--train-size", "400", "--test-size", "4", "--batch-size", "4", *flags), CPU)
     found = Checkpoint(Path("it.pth"), "resnet8", source.about | about, acc, {})
     torch.manual_seed(0)
     return report_teacher(found, model_dict["resnet8"](), data, utils.precision("off", CPU))
@@ -339,12 +339,12 @@ def test_batches_come_with_the_features_of_their_own_views(tmp_path):
     for epoch, views in ((1, 4), (2, 1)):
         given = [f("student", epoch, views) for f in (images.batches, features.batches, features.batches_without_views)]
         sizes = []
-        for plain, whole, bare in zip(*given, strict=True):
-            sizes.append(len(plain.target))
-            assert torch.equal(whole.x, plain.x) and bare.x is None and plain.feature is None
+        for computed, whole, bare in zip(*given, strict=True):
+            sizes.append(len(computed.target))
+            assert torch.equal(whole.x, computed.x) and bare.x is None and computed.feature is None
             for batch in (whole, bare):
-                assert torch.equal(batch.feature, Eyes()(plain.x)[0][0].half())
-                assert torch.equal(batch.rows, plain.rows) and torch.equal(batch.target, plain.target)
+                assert torch.equal(batch.feature, Eyes()(computed.x)[0][0].half())
+                assert torch.equal(batch.rows, computed.rows) and torch.equal(batch.target, computed.target)
         assert sizes == [4, 2]
 
 
