@@ -28,8 +28,10 @@ def pick_device(gpu_id: int) -> torch.device:
     """CUDA `gpu_id`, else Apple's MPS, else the CPU; prints a line.
 
     Raises:
-        UserError: CUDA has no such device.
+        UserError: CUDA has no such device; several processes were started for one run.
     """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError("one run on several GPUs (torchrun) does not work yet: start one process, python student.py …")
     if torch.cuda.is_available():
         if gpu_id >= torch.cuda.device_count():
             raise UserError(f"--gpu-id {gpu_id}: this machine has CUDA devices 0 to {torch.cuda.device_count() - 1}")

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from types import SimpleNamespace
 
@@ -25,6 +26,7 @@ import teacher
 import utils
 from harness import files, record
 from harness.flags import Fault, UserError
+from models import model_dict
 
 TEACHER = ["--arch", "resnet8", *TINY]
 BASELINE = [*TINY, "--s-arch", "resnet14x05", "--t-path", "teacher_resnet8_seed0", "--method"]
@@ -110,6 +112,14 @@ NO_MEMORY = "error: the device is out of memory; a smaller --batch-size needs le
 NO_MEMORY += "if the images alone do not fit, use fewer of them"
 
 
+NO_COMPILER = "error: --compile: No working C++ compiler; it needs a C++ compiler, and a TMPDIR without spaces; "
+NO_COMPILER += "everything works without --compile"
+
+
+class InductorError(RuntimeError):
+    """Named like torch.compile's own."""
+
+
 @pytest.mark.parametrize(
     ("error", "status", "line"),
     [
@@ -120,6 +130,7 @@ NO_MEMORY += "if the images alone do not fit, use fewer of them"
         (MemoryError(), 1, "error: MemoryError"),
         (torch.OutOfMemoryError("much text"), 1, NO_MEMORY),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), 1, NO_MEMORY),
+        (InductorError("No working C++ compiler\nand ninety lines"), 1, NO_COMPILER),
     ],
 )
 def test_an_error_ends_a_script_in_one_line_and_a_status(error, status, line, capsys):
@@ -131,6 +142,14 @@ def test_an_error_ends_a_script_in_one_line_and_a_status(error, status, line, ca
     assert end_of(main, []) == status
     assert capsys.readouterr().err == f"test_record.py: {line}\n"
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_script_runs_in_any_thread():
+    done = []
+    thread = threading.Thread(target=record.entry(done.append), args=(["flags"],))
+    thread.start()
+    thread.join()
+    assert done == [["flags"]]
 
 
 def test_a_mistake_in_the_code_keeps_its_traceback():
@@ -304,6 +323,27 @@ def test_what_a_kill_kept_from_being_written_is_written_from_the_state(lost, run
     (folder / lost).unlink()
     teacher.main(flags)
     assert contents(folder) == contents(runs.teacher)
+
+
+def test_a_network_with_dropout_resumes_bit_for_bit(short, tmp_path, monkeypatch, capsys):
+    def dropping(num_classes):
+        network = model_dict["resnet8"](num_classes=num_classes)
+        network.bn1 = torch.nn.Sequential(network.bn1, torch.nn.Dropout(0.3))
+        return network
+
+    def train(name):
+        flags = ["--arch", "dropping", *TINY, "--experiments", str(tmp_path / name)]
+        return end_of(teacher.main, flags)
+
+    monkeypatch.setitem(model_dict, "dropping", dropping)
+    assert train("whole") == 0
+    with monkeypatch.context() as patch:
+        during_epoch(2, refusal(errno.ENOSPC), patch)
+        assert train("stopped") == 1
+    torch.manual_seed(99)
+    assert train("stopped") == 0
+    assert "continuing after epoch 1" in capsys.readouterr().out
+    assert contents(tmp_path / "stopped") == contents(tmp_path / "whole")
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
