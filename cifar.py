@@ -268,7 +268,7 @@ def load(source: Source, args: Namespace, device: torch.device | str) -> Data:
     if args.label_noise > 0:
         noisy = label_noise(source.train.labels[rows], args.label_noise, len(source.classes), args.seed)
         train.labels = noisy.to(device)
-    if args.batch_size > len(train):
+    if args.batch_size > len(train) > 0:
         more = f"--batch-size {args.batch_size} is more than the {len(train)} training images"
         warn(f"{more}: an epoch is one step")
     return Data(train, val, test, about | {"tested": len(val)})

@@ -132,7 +132,8 @@ def splits(root: Path, train: bool = True, known: Sequence[str] = ()) -> dict[st
     elif not train or not labelled("val"):
         found.pop("val", None)
     if "test" not in found:
-        raise UserError(f"{root / 'test'}: no such folder; {layout}")
+        lacking = "has no classes" if "val" in folders else "is missing, too"
+        raise UserError(f"{root / 'test'}: no such folder, and val/ {lacking}; {layout}")
 
     for name, split in found.items():
         if empty := [place for place, files in split.classes.items() if not files]:

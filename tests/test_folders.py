@@ -1,6 +1,7 @@
 """harness/folders.py: untidy class folders, against torchvision's ImageFolder, Pillow and NumPy."""
 
 import io
+import shutil
 import struct
 import unicodedata
 import zlib
@@ -159,7 +160,16 @@ def test_a_test_needs_no_training_images(tmp_path):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda root: (root / "test").rename(root / "tests"), "test: no such folder; --data-root .* needs train/CLASS"),
+        (
+            lambda root: (root / "test").rename(root / "tests"),
+            "test: no such folder, and val/ is missing, too; --data-ro",
+        ),
+        (
+            lambda root: (
+                flat((root / "test").rename(root / "val")) and [shutil.rmtree(x) for x in root.glob("val/[cd]*")]
+            ),
+            "val/ has no classes",
+        ),
         (lambda root: (root / "train").rename(root / "training"), "train: no such folder; --data-root .* needs"),
         (lambda root: save(root / "train/fox/a.png"), "class fox is in .*train but not in .*test"),
         (lambda root: tidy(root, ["val"], ["cat", "fox"]), "class dog is in .*train but not in .*val .and 1 more"),

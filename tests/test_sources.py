@@ -399,5 +399,10 @@ def test_own_images_are_trained_distilled_and_evaluated_and_other_images_are_ano
     teacher.main(["--evaluate", str(distilled), "--data-root", "own"])  # the checkpoint says the rest
     tested = json.loads((distilled / "result.json").read_text())["test_acc"]
     assert f"test accuracy {tested:.2f} %" in capsys.readouterr().out
+    (tmp_path / "own/train").rename("elsewhere")  # a test needs no training images
+    teacher.main(["--evaluate", str(distilled), "--data-root", "own"])
+    printed = capsys.readouterr()
+    assert f"test accuracy {tested:.2f} %" in printed.out and printed.err == ""
+    Path("elsewhere").rename("own/train")
     save(tmp_path / "own/train/dog/z.png")
     assert "holds a run with other flags: data was" in fails(teacher.main, "--arch", "resnet8", *flags.split())
