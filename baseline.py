@@ -85,13 +85,14 @@ def train(args: Namespace) -> Path:
     flags.warn_of_schedule(args)
     device = utils.pick_device(args.gpu_id)
     data = cifar.load(source, args, device)
-    utils.set_up(args.seed, device, args.deterministic)
+    utils.set_up(args, device)
 
     student = model_dict[args.s_arch](num_classes=len(source.classes))
     for module in (student, network):
-        module.to(device, memory_format=torch.channels_last)  # convolutions are fastest in this layout
+        module.to(device, memory_format=cifar.LAYOUT)
     preact, autocast = METHODS[args.method].preact, utils.precision(args.amp, device)
     teacher = frozen(network, maps=args.t_features == "compute", preact=preact)
+    utils.cast_once(teacher, args.amp)
     networks = Networks(student, teacher, classifier(teacher), preact, autocast)
     method = make_method(args, networks, data.train, found.arch)
 
@@ -152,7 +153,7 @@ def make_method(args: Namespace, networks: Networks, images: cifar.Images, t_arc
         method.first_modules(networks.student)  # an error should come before the run begins
     if args.first_epoch is not None:
         method.first_epochs = args.first_epoch
-    return method.to(images.device, memory_format=torch.channels_last)
+    return method.to(images.device, memory_format=cifar.LAYOUT)
 
 
 # ---------------------------------------------------------------------------------------------------------- the phases
@@ -161,7 +162,7 @@ def make_method(args: Namespace, networks: Networks, images: cifar.Images, t_arc
 def prepare(args: Namespace, run: Run, networks: Networks, method: Method, images: cifar.Images) -> None:
     """The first phase: AB trains the student up to its last stage, FT its paraphraser of the teacher's map."""
     trained = set_phase(method, networks.student, first=True)
-    loss_of = utils.compiled(make_first_loss(networks, method), args.compile, images.device)
+    loss_of = utils.compiled_loss(make_first_loss(networks, method), args.compile, images)
     sgd = utils.SGD(trained.parameters(), method.first_rate(args.s_arch, args.lr), [], args)
     parts = {"student": networks.student, "method": method, "first_optimisation": sgd}
     for epoch in run.epochs("first", method.first_epochs, **parts):
@@ -192,7 +193,7 @@ def distil(
     """Trains the student, and the method's adapters with it."""
     student, autocast = networks.student, networks.autocast
     trained = set_phase(method, student)
-    loss_of = utils.compiled(make_loss(args, networks, method), args.compile, data.train.device)
+    loss_of = utils.compiled_loss(make_loss(args, networks, method), args.compile, data.train)
     sgd = utils.SGD(trained.parameters(), args.lr, args.milestones, args)
     for epoch in run.epochs("student", args.epoch, student=student, method=method, optimisation=sgd):
         method.start_epoch(args.seed, epoch)

@@ -23,6 +23,8 @@ from harness.flags import UserError, warn
 from harness.record import entry
 from harness.sources import SIDE, Source, Split
 
+LAYOUT = torch.channels_last  # of images and networks: convolutions are fastest in it
+
 
 def padding(side: int) -> int:
     """Width of the black border of a `side` × `side` image: 4 of 32, so that crops start at 0 … 8 down and right."""
@@ -188,8 +190,9 @@ class Images:
             yield Batch(self.views(rows, window.expand(len(rows), views)), self.labels[rows], rows)
 
     def views(self, rows: Tensor, window: Tensor) -> Tensor:
-        """Normalised views of the images `rows` (B,) as `window` (B, V) says: (V·B, 3, side, side), channels last."""
-        return cut(self.normalise(pad(self.pixels[rows])), self.windows, window)
+        """Normalised views of the images `rows` (B,) as `window` (B, V) says: (V·B, 3, side, side) in `LAYOUT`."""
+        views = cut(self.normalise(pad(self.pixels[rows])), self.windows, window)
+        return views.contiguous(memory_format=LAYOUT)
 
     def normalise(self, padded: Tensor) -> Tensor:
         """(B, 40, 40, 3) uint8 → float32 with mean 0 and deviation 1 over the data set, as torchvision computes it."""

@@ -87,13 +87,14 @@ def train(args: Namespace) -> Path:
     flags.warn_of_schedule(args)
     device = utils.pick_device(args.gpu_id)
     data = cifar.load(source, args, device)
-    utils.set_up(args.seed, device, args.deterministic)
+    utils.set_up(args, device)
 
     student = Wrapper(model_dict[args.s_arch](num_classes=len(source.classes)))
     for module in (student, network):
-        module.to(device, memory_format=torch.channels_last)  # convolutions are fastest in this layout
+        module.to(device, memory_format=cifar.LAYOUT)
     torch.manual_seed(args.seed)  # again, so that the SS head does not depend on the student
     teacher = Wrapper(frozen(network, maps=False)).to(device).eval()
+    utils.cast_once(teacher.backbone, args.amp)
 
     reported = report_teacher(found, network, data, utils.precision(args.amp, device))
     run.start(device, teacher=reported, images=source.counts, **utils.sizes(source.side, student.backbone, network))
@@ -123,7 +124,7 @@ def train_ss_head(
     """Trains the SS head of the frozen `teacher` on the contrastive task, or reads the head of an earlier student."""
     head, device = teacher.proj_head, data.train.device
     autocast = utils.precision(args.amp, device)
-    loss_of = utils.compiled(make_ss_loss(teacher, autocast), args.compile, device)
+    loss_of = utils.compiled_loss(make_ss_loss(teacher, autocast), args.compile, data.train)
     sgd = utils.SGD(head.parameters(), args.t_lr, args.t_milestones, args)
     test_features = None
     with head_file.alone():
@@ -188,7 +189,7 @@ def distil(
 ) -> None:
     """Trains the student (backbone and SS head) on the four views of each image."""
     autocast = utils.precision(args.amp, data.train.device)
-    loss_of = utils.compiled(make_loss(args, teacher, student, autocast), args.compile, data.train.device)
+    loss_of = utils.compiled_loss(make_loss(args, teacher, student, autocast), args.compile, data.train)
     sgd = utils.SGD(student.parameters(), args.lr, args.milestones, args)
     parts = {"student": student, "teacher_head": teacher.proj_head, "optimisation": sgd}
     for epoch in run.epochs("student", args.epoch, **parts):

@@ -12,7 +12,6 @@ from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -54,14 +53,14 @@ def train(args: Namespace) -> None:
     flags.warn_of_schedule(args)
     device = utils.pick_device(args.gpu_id)
     data = cifar.load(source, args, device)
-    utils.set_up(args.seed, device, args.deterministic)
+    utils.set_up(args, device)
 
     model = model_dict[args.arch](num_classes=len(source.classes))
     check_network(model, args.arch, len(source.classes), source.side)
     run.start(device, images=source.counts, **utils.sizes(source.side, model))
-    model.to(device, memory_format=torch.channels_last)  # convolutions are fastest in this layout
+    model.to(device, memory_format=cifar.LAYOUT)
     autocast = utils.precision(args.amp, device)
-    loss_of = utils.compiled(make_loss(model, autocast), args.compile, device)
+    loss_of = utils.compiled_loss(make_loss(model, autocast), args.compile, data.train)
     sgd = utils.SGD(model.parameters(), args.lr, args.milestones, args)
     about = {"arch": args.arch} | data.about
     for epoch in run.epochs("teacher", args.epoch, model=model, optimisation=sgd):
@@ -102,7 +101,7 @@ def evaluate(args: Namespace) -> None:
     model = found.network(len(source.classes))
     device = utils.pick_device(args.gpu_id)
     images = cifar.load(source, args, device).test
-    model.to(device, memory_format=torch.channels_last)
+    model.to(device, memory_format=cifar.LAYOUT)
     test = utils.evaluate(model, images, utils.precision(args.amp, device))
     top5 = "" if test.acc_top5 is None else f", top-5 {test.acc_top5:.2f} %,"
     print(f"test accuracy {test.acc:.2f} %{top5} of {len(images)} images")

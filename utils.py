@@ -8,6 +8,7 @@ import os
 import random
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,6 +21,8 @@ from harness.flags import Fault, UserError, warn
 from harness.progress import Progress
 from harness.record import Run, device_name
 from losses import VIEWS, similarity_matrix
+
+DTYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # of --amp
 
 # ------------------------------------------------------------------------------------------------ device and precision
 
@@ -37,24 +40,48 @@ def pick_device(gpu_id: int) -> torch.device:
             raise UserError(f"--gpu-id {gpu_id}: this machine has CUDA devices 0 to {torch.cuda.device_count() - 1}")
         device = torch.device("cuda", gpu_id)
         torch.cuda.set_device(device)
+        _check_kernels(device)
     else:
         device = torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-        if gpu_id:
+        hidden = os.environ.get("CUDA_VISIBLE_DEVICES") == ""  # the user wants no GPU
+        if not hidden and Path("/proc/driver/nvidia/version").exists():
+            made_for = f"was made for CUDA {torch.version.cuda}" if torch.version.cuda else "was made without CUDA"
+            advice = "install a PyTorch that fits the driver, or a newer driver (nvidia-smi shows the driver's CUDA)"
+            warn(
+                f"a GPU driver is here, but this PyTorch {made_for} and can't use it, so this runs on the CPU; {advice}"
+            )
+        elif gpu_id:
             warn(f"--gpu-id {gpu_id}: PyTorch finds no CUDA device here, so this runs on the {device}")
     threads = "" if device.type == "cuda" else f", {torch.get_num_threads()} threads"
     print(f"device: {device} ({device_name(device)}{threads})", flush=True)
     return device
 
 
-def set_up(seed: int, device: torch.device, deterministic: bool) -> None:
-    """Seeds all random generators and chooses between fast and repeatable algorithms."""
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-    torch.backends.cudnn.benchmark = not deterministic  # shapes are static: searching for the fastest kernel pays
-    if deterministic:
+def _check_kernels(device: torch.device) -> None:
+    """Raises UserError if the GPU is older than all kernels of this PyTorch."""
+    own = "{}{}".format(*torch.cuda.get_device_capability(device))
+    made_for = [int(arch.partition("_")[2].rstrip("af")) for arch in torch.cuda.get_arch_list()]
+    if made_for and int(own) < min(made_for):
+        raise UserError(
+            f"{torch.cuda.get_device_name(device)} (sm_{own}) is older than the kernels of this PyTorch (from "
+            f"sm_{min(made_for)}): install an older PyTorch, or one for an older CUDA"
+        )
+
+
+def set_up(args: argparse.Namespace, device: torch.device) -> None:
+    """Seeds all random generators and chooses fast or repeatable algorithms (`--deterministic`, `--tf32`)."""
+    random.seed(args.seed)
+    np.random.seed(args.seed)
+    torch.manual_seed(args.seed)
+    torch.backends.cudnn.benchmark = not args.deterministic  # shapes are static: searching for the fastest kernel pays
+    if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats its results only with this
-    torch.use_deterministic_algorithms(deterministic)
+    torch.use_deterministic_algorithms(args.deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it did not write
+    if args.tf32 == "off":
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    if device.type == "cuda" and args.amp == "bf16" and torch.cuda.get_device_capability(device) < (8, 0):
+        warn(f"--amp bf16: {torch.cuda.get_device_name(device)} emulates it; --amp fp16 is faster there")
     if device.type == "cpu":
         _keep_freed_memory()
 
@@ -74,20 +101,38 @@ def _keep_freed_memory() -> None:
 
 def precision(amp: str, device: torch.device) -> Callable[[], AbstractContextManager]:
     """The context in which the networks run (`--amp`): `with autocast(): …`."""
-    dtype = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
-    return functools.partial(torch.autocast, device.type, dtype=dtype, enabled=amp != "off")
+    return functools.partial(torch.autocast, device.type, dtype=DTYPES[amp], enabled=amp != "off")
 
 
 def compiled(function: Callable, wanted: bool, device: torch.device) -> Callable:
     """`function` as one compiled graph if `wanted` (`--compile`).
 
-    Only the last batch of an epoch has another shape; it gets its own graph. On CUDA the graphs are replayed whole,
-    because launching the kernels of a small network one by one takes longer than running them.
+    On CUDA the graph is replayed whole, because launching the kernels of a small network one by one takes longer than
+    running them.
     """
     if not wanted:
         return function
     mode = "reduce-overhead" if device.type == "cuda" else "default"
     return torch.compile(function, fullgraph=True, dynamic=False, mode=mode)
+
+
+def compiled_loss(loss_of: Callable, wanted: bool, images: Any) -> Callable:
+    """The same for a loss of a batch of `images`.
+
+    The last, smaller batch of an epoch runs uncompiled: a graph of its own would cost minutes and memory.
+    """
+    graph, size = compiled(loss_of, wanted, images.device), min(images.batch_size, len(images))
+    return lambda batch: (graph if len(batch.target) == size else loss_of)(batch)
+
+
+def cast_once(network: nn.Module, amp: str) -> None:
+    """Casts the convolutions and linear layers of a frozen network to the precision in which `--amp` runs them.
+
+    Autocast would cast their weights in every step, with the same result.
+    """
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            module.to(DTYPES[amp])
 
 
 def wide(device: torch.device) -> torch.dtype:

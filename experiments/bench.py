@@ -63,7 +63,6 @@ from wrapper import Wrapper, frozen
 PAIRS = ["wrn_40_2:wrn_16_2", "resnet32x4:resnet8x4", "vgg13:vgg8", "ResNet50:MobileNetV2"]
 CLASSES, STATISTICS = len(sources.CLASSES["cifar100"]), sources.STATISTICS["cifar100"]
 FLAGS = ["--t-path", "unused", "--s-arch", "resnet8", "--lr", "0.01"]  # of student.py
-DTYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 THREADS = torch.get_num_threads()
 
 SHORT = ("views", "loss")
@@ -94,7 +93,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
     parser = flags.Parser("Times this repository against the published pipeline.")
     add = parser.add_argument
     add("--pairs", nargs="+", default=PAIRS, metavar="TEACHER:STUDENT", help="the networks to measure")
-    add("--amp", choices=DTYPES, default="off", help="half precision here; the published side stays float32")
+    add("--amp", choices=utils.DTYPES, default="off", help="half precision here; the published side stays float32")
     add("--compile", action="store_true", help="torch.compile here; the minutes it takes are not counted")
     add("--device", help="for example cpu or cuda:1; left out: the first GPU, else the CPU")
     add("--quick", action="store_true", help="the first pair only, fewer repetitions, no estimate of whole runs")
@@ -146,10 +145,11 @@ def published_side(plan: Plan, pair: str) -> Side:
 @cache
 def here_side(plan: Plan, pair: str) -> Side:
     """This repository, set up as in its scripts."""
-    utils.set_up(0, plan.device, deterministic=False)
     args, autocast = student.parse_args([*FLAGS, "--amp", plan.amp]), utils.precision(plan.amp, plan.device)
-    teacher, network = (net.to(memory_format=torch.channels_last) for net in make_networks(pair, plan.device))
+    utils.set_up(args, plan.device)
+    teacher, network = (net.to(memory_format=cifar.LAYOUT) for net in make_networks(pair, plan.device))
     teacher, head = freeze(teacher), teacher.proj_head
+    utils.cast_once(teacher.backbone, plan.amp)
     compiled = partial(utils.compiled, wanted=plan.compile, device=plan.device)
 
     def images(size: int) -> cifar.Images:
@@ -190,7 +190,7 @@ def here_side(plan: Plan, pair: str) -> Side:
     inputs, target = loss_inputs(plan, teacher, network)
     s_inputs = [each.requires_grad_() for each in inputs[::2]]
     (s, t), rows, places = crd_inputs(plan, teacher, network)
-    crd_outputs = [Outputs([each.to(DTYPES[plan.amp])], each) for each in (s, t)]
+    crd_outputs = [Outputs([each.to(utils.DTYPES[plan.amp])], each) for each in (s, t)]
     crd = METHODS["crd"](*crd_outputs, train_set.labels).to(plan.device)
     crd_of = compiled(crd.contrast)
     new = torch.arange(table.batch, device=plan.device) % plan.batch
@@ -258,7 +258,7 @@ def loss_inputs(plan: Plan, teacher: Wrapper, network: Wrapper) -> tuple[list[Te
     """Logits of student and teacher, embeddings of student and teacher, (4B, …) each, and labels (B,)."""
     torch.manual_seed(0)
     widths = CLASSES, CLASSES, *(net.proj_head[0].in_features for net in (network, teacher))
-    tensors = [torch.randn(VIEWS * plan.batch, width).to(plan.device, DTYPES[plan.amp]) for width in widths]
+    tensors = [torch.randn(VIEWS * plan.batch, width).to(plan.device, utils.DTYPES[plan.amp]) for width in widths]
     return tensors, torch.randint(CLASSES, (plan.batch,)).to(plan.device)
 
 

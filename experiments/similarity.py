@@ -47,7 +47,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
 @torch.inference_mode()
 def outputs(network: nn.Module, images: cifar.Images) -> tuple[Tensor, Tensor]:
     """Logits (N, C) and last features (N, D) of a network for all images of a split, in the device's widest float."""
-    network.to(images.device, memory_format=torch.channels_last).eval()
+    network.to(images.device, memory_format=cifar.LAYOUT).eval()
     batches = (network(batch.x, is_feat=True) for batch in images.test_batches(views=1))
     # keep only the last feature of each batch: the maps of all images would fill the memory
     logits, features = zip(*((logits, features[-1]) for features, logits in batches), strict=True)

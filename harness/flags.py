@@ -148,6 +148,8 @@ def make_parser(description: str) -> Parser:
     add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="seed of the weights and of every draw")
     add_device(add)
     add("--amp", choices=["off", "bf16", "fp16"], default="off", help="half precision in the networks, not in losses")
+    exact = "off: strict float32 in convolutions and products, two to four times slower on Ampere and later GPUs"
+    add("--tf32", choices=["on", "off"], default="on", help=exact)
     add("--compile", action="store_true", help="torch.compile the step: a slow first epoch, then faster ones")
     add("--deterministic", action="store_true", help="use only algorithms that repeat bit for bit; slower on CUDA")
     numbered = "epochs between the teacher's numbered checkpoints, which milestones and the last epoch have, too"

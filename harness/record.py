@@ -33,7 +33,15 @@ from torch import Tensor
 from harness.files import digest, lock, plain, read_state, restoring, save, write_atomically
 from harness.flags import Fault, UserError, tell, warn
 
-CONDITIONS = "commit", "python", "torch", "device", "threads"  # the last digits of a run may depend on them
+CONDITIONS = (
+    "commit",
+    "python",
+    "torch",
+    "cuda",
+    "cudnn",
+    "device",
+    "threads",
+)  # the last digits of a run may depend on them
 
 # ---------------------------------------------------------------------------------------------------- how a script ends
 
@@ -349,6 +357,8 @@ def _environment(device: torch.device) -> dict:
         "commit": _commit(),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "cuda": torch.version.cuda if device.type == "cuda" else None,
+        "cudnn": torch.backends.cudnn.version() if device.type == "cuda" else None,
         "device": f"{device.type} ({device_name(device)})",
         "threads": torch.get_num_threads(),
         "started": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),

@@ -1,8 +1,12 @@
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+
+if "SSKD_TEST_CUDA" not in os.environ:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # tests are the same on every machine; test_cuda.py is for a GPU
 
 import numpy as np
 import pytest

@@ -13,8 +13,8 @@ import models
 import teacher
 import utils
 from harness import sources
-from harness.flags import Fault
-from wrapper import Wrapper
+from harness.flags import Fault, UserError
+from wrapper import Wrapper, classifier, frozen, of_feature
 
 AUTOCAST = utils.precision("off", torch.device("cpu"))
 
@@ -68,6 +68,74 @@ def test_several_processes_for_one_run_are_refused(monkeypatch, tmp_path, fails)
     monkeypatch.setenv("WORLD_SIZE", "2")  # as torchrun sets it
     assert "torchrun" in fails(teacher.main, "--arch", "resnet8", *TINY, "--experiments", tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+# ------------------------------------------------------------------------------------------------ device and precision
+
+
+def test_a_gpu_that_pytorch_cannot_use_gets_a_line_unless_the_user_hides_it(monkeypatch, capsys):
+    monkeypatch.setattr(utils.Path, "exists", lambda self: str(self) == "/proc/driver/nvidia/version")
+    for hidden in ("", None):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "") if hidden == "" else monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+        assert utils.pick_device(0).type == "cpu"
+        assert ("warning: a GPU driver is here, but this PyTorch" in capsys.readouterr().err) == (hidden is None)
+
+
+@pytest.mark.parametrize(
+    ("capability", "archs", "old"),
+    [
+        ((6, 1), ["sm_75", "sm_80", "sm_90a", "compute_120"], True),
+        ((7, 5), ["sm_75", "sm_120"], False),
+        ((12, 1), ["sm_90", "sm_100f"], False),
+    ],
+)
+def test_a_gpu_older_than_pytorchs_kernels_is_refused(capability, archs, old, monkeypatch):
+    gpu = {"is_available": True, "device_count": 1, "set_device": None, "get_device_name": "a GPU"}
+    for name, value in (gpu | {"get_device_capability": capability, "get_arch_list": archs}).items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    if old:
+        with pytest.raises(
+            UserError, match=r"a GPU \(sm_61\) is older than the kernels of this PyTorch \(from sm_75\)"
+        ):
+            utils.pick_device(0)
+    else:
+        assert utils.pick_device(0) == torch.device("cuda", 0)
+
+
+def test_tf32_can_be_switched_off():
+    places = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = [place.allow_tf32 for place in places]
+    try:
+        utils.set_up(flags(), torch.device("cpu"))
+        assert [place.allow_tf32 for place in places] == before
+        utils.set_up(flags("--tf32", "off"), torch.device("cpu"))
+        assert [place.allow_tf32 for place in places] == [False, False]
+    finally:
+        for place, value in zip(places, before, strict=True):
+            place.allow_tf32 = value
+
+
+@pytest.mark.parametrize("amp", ["off", "bf16"])
+def test_a_teacher_that_is_cast_once_answers_like_one_that_autocast_casts(amp):
+    """wrn keeps some batch norms, which stay float32."""
+    torch.manual_seed(0)
+    autocast, x = utils.precision(amp, torch.device("cpu")), torch.randn(4, 3, 32, 32)
+    teacher = frozen(models.model_dict["wrn_16_1"](), maps=False)
+    cast = copy.deepcopy(teacher)
+    utils.cast_once(cast, amp)
+    with torch.no_grad(), autocast():
+        (expected, logits), (features, same) = teacher(x), cast(x)
+        feature = features[-1].half()
+        stored = [of_feature(classifier(each), feature)[1] for each in (teacher, cast)]
+    assert torch.equal(features[-1], expected[-1]) and torch.equal(same, logits) and torch.equal(*stored)
+    assert next(cast.parameters()).dtype == utils.DTYPES[amp]
+
+
+def test_the_last_smaller_batch_is_not_compiled(monkeypatch):
+    monkeypatch.setattr(utils, "compiled", lambda function, wanted, device: lambda batch: "graph")
+    images = cifar.Images(sources.Split(*sources.synthetic(True, 10)), sources.STATISTICS["synthetic"], "cpu", 4)
+    loss_of = utils.compiled_loss(lambda batch: "eager", True, images)
+    assert [loss_of(batch) for batch in images.batches("teacher", 1, 1)] == ["graph", "graph", "eager"]
 
 
 # -------------------------------------------------------------------------------------------------------------- meters
