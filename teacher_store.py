@@ -36,7 +36,7 @@ from wrapper import classifier
 
 # the flags on which a trained SS head depends; it uses no labels, so not --label-noise
 DEPENDS = "t_epoch", "t_lr", "t_milestones", "gamma", "momentum", "weight_decay", "batch_size", "seed", "amp", "compile"
-DEPENDS += "deterministic", "train_size", "test_size", "few_shot", "val_fraction"
+DEPENDS += "deterministic", "tf32", "train_size", "test_size", "few_shot", "val_fraction"
 
 
 def load_teacher(path: str, arch: str | None) -> checkpoint.Checkpoint:
@@ -149,7 +149,8 @@ def features(args: Namespace, file: Path, identity: dict, images: Images, backbo
     """The table of `--t-features` for the training images, beside the teacher's checkpoint `file`; None for compute."""
     if args.t_features == "compute":
         return None
-    key = digest(identity | {"amp": args.amp, "deterministic": args.deterministic, "device": images.device.type})
+    depends = {name: getattr(args, name) for name in ("amp", "deterministic", "tf32")}
+    key = digest(identity | depends | {"device": images.device.type})
     autocast = precision(args.amp, images.device)
     return Features(images, backbone, autocast, key, file.parent if args.t_features == "disk" else None)
 

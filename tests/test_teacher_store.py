@@ -149,8 +149,8 @@ def test_a_student_records_its_teacher_and_accepts_one_that_has_moved(runs, tmp_
 
 OTHER = {
     "t_epoch": "3", "t_lr": "0.1", "t_milestones": "2", "gamma": "0.2", "momentum": "0.8", "weight_decay": "0.001",
-    "batch_size": "8", "seed": "1", "amp": "bf16", "compile": None, "deterministic": None, "train_size": "40",
-    "test_size": "30", "few_shot": "0.5", "val_fraction": "0.5", "t_features": "memory",
+    "batch_size": "8", "seed": "1", "amp": "bf16", "compile": None, "deterministic": None, "tf32": "off",
+    "train_size": "40", "test_size": "30", "few_shot": "0.5", "val_fraction": "0.5", "t_features": "memory",
 }  # fmt: skip
 SAME = {
     "epoch": "4", "lr": "0.1", "milestones": "1", "label_noise": "0.5", "gpu_id": "0", "experiments": "elsewhere",
@@ -371,7 +371,7 @@ def test_another_teacher_data_set_precision_or_device_has_another_table(monkeypa
     def key(*flags, device="cpu", **identity):
         return opened("disk", SimpleNamespace(device=torch.device(device)), Path(), *flags, **identity)[0]
 
-    keys = [key(), key("--amp", "bf16"), key("--deterministic"), key(device="cuda")]
+    keys = [key(), key("--amp", "bf16"), key("--deterministic"), key("--tf32", "off"), key(device="cuda")]
     keys += [key(**{part: "another"}) for part in IDENTITY]
     assert len(set(keys)) == len(keys)
     assert key("--seed", "1", "--lr", "1", "--few-shot", "0.5", "--batch-size", "8", "--compile") == key()
