@@ -1,11 +1,13 @@
 """teacher.py from the command line."""
 
 import json
+import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, contents
+from conftest import ROOT, TINY, contents
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import cifar
@@ -151,3 +153,21 @@ def test_the_best_epoch_on_held_out_images_is_tested_once(tmp_path, capsys):
     (folder / "result.json").unlink()  # as if it had been killed after its last epoch
     teacher.main(flags)
     assert result_of(folder)["test_acc"] == result["test_acc"]
+
+
+PUBLISHED = {  # test accuracy (%) of the authors' weights: the rows of the published tables
+    "resnet56": 73.44, "resnet20": 69.63, "wrn_16_2": 73.64, "wrn_40_1": 72.24, "ShuffleV1": 70.77,
+    "MobileNetV2": 65.79,
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("SSKD_TEACHERS" not in os.environ, reason="SSKD_TEACHERS names no folder of the authors' networks")
+def test_the_authors_networks_reach_their_published_accuracy(capsys):
+    """SSKD_TEACHERS holds teacher_NAME/ckpt/best.pth; SSKD_DATA (default: data) the real CIFAR-100."""
+    folder, data = Path(os.environ["SSKD_TEACHERS"]), os.environ.get("SSKD_DATA", str(ROOT / "data"))
+    found = [name for name in PUBLISHED if (folder / f"teacher_{name}").is_dir()]
+    assert found, f"{folder} holds none of {', '.join(f'teacher_{name}' for name in PUBLISHED)}"
+    for name in found:
+        teacher.main(["--evaluate", str(folder / f"teacher_{name}"), "--data-root", data])
+        assert f"test accuracy {PUBLISHED[name]:.2f} %" in capsys.readouterr().out, name
