@@ -21,11 +21,10 @@ from matplotlib.ticker import MaxNLocator
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # wherever this is started from
 
-from experiments.runs import ABLATION, OF_METHODS, OWN, flags_in, frame_of, read_runs, shown
-from experiments.table import sort_into_rows, split_flags, summary_of
+from experiments.runs import ABLATION, OF_METHODS, flags_in, frame_of, own_flags, read_runs, shown
+from experiments.table import NETWORKS, natural, sort_into_rows, split_flags, summary_of
 from harness import flags
 
-FIGURES = Path(__file__).with_name("figures")
 SHARES = {
     "few-shot": "images of each class that the student sees (%)",
     "label-noise": "labels that are wrong (%)",
@@ -40,13 +39,14 @@ HIGHLIGHTS = {"SSKD": "#c2410c", "KD": "#1d5fd1"}
 STYLE = {"svg.fonttype": "path", "svg.hashsalt": "SSKD", "axes.spines.top": False, "axes.spines.right": False}
 STYLE |= dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK)
 STYLE |= {"font.size": 11, "axes.axisbelow": True, "grid.alpha": 0.3}
-# Each method looks the same in every figure. Marker and dashes tell it apart without colour.
 COLOURS = ["#7d838c", "#2f7fc1", "#a35cc4", "#2a9a63", "#d9541e", "#1f9bab", "#b38a12", "#cf4f80"]
 MARKERS, DASHES = "o^v<sPDX>ph*d", ["-", "--", ":", "-."]
-LOOKS = {
-    method: {"color": COLOURS[i % 8], "marker": MARKERS[i % 13], "linestyle": DASHES[(i + i // 8) % 4]}
-    for i, method in enumerate(OWN)
-}
+
+
+def look_of(method: str) -> dict[str, str]:
+    """Each method looks the same in every figure. Marker and dashes tell it apart without colour."""
+    i = list(own_flags()).index(method)
+    return {"color": COLOURS[i % 8], "marker": MARKERS[i % 13], "linestyle": DASHES[(i + i // 8) % 4]}
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -58,9 +58,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     for name, text in texts.items():
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="a .jsonl file, or a folder of runs")
-        output = FIGURES / f"{name.replace('-', '_')}.svg"
+        output = Path(__file__).with_name(f"{name.replace('-', '_')}.svg")
         command.add_argument("--output", type=Path, default=output, help="file to write; its suffix is the format")
-        command.add_argument("--dataset", default="cifar100", help="draw the runs on this data set")
+        command.add_argument("--dataset", help="draw the runs on this data set (default: that of the runs)")
     return parser.parse_args(argv)
 
 
@@ -126,12 +126,12 @@ def by_flag(rows: pd.DataFrame, flag: str) -> Figure:
         for method, points in lines.items():
             percent = [100 * value for value in points[flag]]
             ends = points["best_sd"].fillna(0)
-            legend[method] = ax.errorbar(percent, points["best_mean"], ends, capsize=3, label=method, **LOOKS[method])
+            legend[method] = ax.errorbar(percent, points["best_mean"], ends, capsize=3, label=method, **look_of(method))
         ax.set_xticks(sorted({100 * value for points in lines.values() for value in points[flag]}))
         ax.grid()
     figure.supxlabel(SHARES[flag.removeprefix("--")], fontsize=11)
     figure.axes[0].set_ylabel(f"{ACCURACY}, mean ± sd")
-    figure.legend(handles=[legend[method] for method in OWN if method in legend], loc="outside right upper")
+    figure.legend(handles=[legend[method] for method in own_flags() if method in legend], loc="outside right upper")
     return figure
 
 
@@ -151,14 +151,21 @@ def lines_of(rows: pd.DataFrame, flag: str) -> dict[str, pd.DataFrame]:
 
 
 def curves(runs: pd.DataFrame) -> Figure:
-    """The test accuracy of each run after each epoch; that of a teacher dotted."""
+    """The test accuracy of each run after each epoch; that of a teacher dotted. A run may be in progress."""
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     ax = figure.subplots()
     teachers, held_out = set(runs["teacher"]), runs["--val-fraction"].notna()
-    for (_, run), held in zip(runs.iterrows(), held_out, strict=True):
-        epochs, accuracies = zip(*log_of(Path(run["place"])), strict=True)
-        look = LOOKS[run["method"]] | ({"linestyle": ":"} if run["network"] in teachers else {})
+    logs = [log_of(Path(place)) for place in runs["place"]]
+    if not any(logs):
+        raise flags.UserError(f"{', '.join(runs['place'])}: there is no finished epoch")
+    for (_, run), held, log in zip(runs.iterrows(), held_out, logs, strict=True):
+        if not log:
+            flags.warn(f"{run['place']} left out: there is no finished epoch")
+            continue
+        epochs, accuracies = zip(*log, strict=True)
+        look = look_of(run["method"]) | ({"linestyle": ":"} if run["network"] in teachers else {})
         name = f"{run['network']}, {run['method']}" + ", held-out images" * held
+        name += f", {run['dataset']}" if runs["dataset"].nunique() > 1 else ""
         ax.plot(epochs, accuracies, markevery=max(1, len(epochs) // 10), label=name, **look)
     ax.set(xlabel="epoch", ylabel="accuracy (%)" if held_out.any() else ACCURACY)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -173,21 +180,19 @@ def log_of(folder: Path) -> list[tuple[int, float]]:
     file = folder / "log.jsonl"
     try:
         lines = [json.loads(line) for line in file.read_text().splitlines()]
-        found = [(line["epoch"], line["val/cls_acc"]) for line in lines if "val/cls_acc" in line]
+        return [(line["epoch"], line["val/cls_acc"]) for line in lines if "val/cls_acc" in line]
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise flags.UserError(f"{file}: {type(error).__name__}: {error}") from error
-    if not found:
-        raise flags.UserError(f"{file}: there is no finished epoch")
-    return found
 
 
 def draw(args: argparse.Namespace) -> Figure:
     """The figure that the command line names."""
-    found = [run for path in args.paths for run in read_runs(path)]
-    runs = sort_into_rows(frame_of(found, args.dataset), ["amp"])
+    found = [run for path in args.paths for run in read_runs(path, unfinished=args.figure == "curves")]
     if args.figure == "curves":
-        return curves(runs)
-    rows = summary_of(runs)
+        return curves(frame_of(found, args.dataset).sort_values([*NETWORKS, "seed"], key=natural))
+    there = {run["dataset"] for run in found}
+    dataset = args.dataset or (there.pop() if len(there) == 1 else "cifar100")
+    rows = summary_of(sort_into_rows(frame_of(found, dataset), ["amp"]))
     return accuracy(rows) if args.figure == "accuracy" else by_flag(rows, f"--{args.figure}")
 
 
@@ -197,6 +202,7 @@ def main(argv: list[str] | None = None) -> None:
         with matplotlib.style.context(["default", STYLE]):
             undated = {"Date": None} if args.output.suffix == ".svg" else None
             draw(args).savefig(args.output, dpi=144, metadata=undated)
+        print(f"{args.output} is written")
     except (flags.UserError, OSError, ValueError) as error:  # also no such folder, no such format
         flags.tell("plot.py", f"error: {error}")
         sys.exit(2)

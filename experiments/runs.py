@@ -6,6 +6,7 @@ makes a pandas DataFrame with a row for each run. Flags are written as one types
 
 import glob
 import json
+import math
 import re
 from collections.abc import Iterator
 from functools import partial
@@ -28,29 +29,49 @@ SS = {"--ss-weight": 10.0, "--ss-T": 0.5, "--ratio-ss": 0.75}
 SS |= {"--t-epoch": 60, "--t-lr": 0.05, "--t-milestones": "30 45"}
 
 ABLATION = ("KD, 4 views", "KD + tf", "KD + ss")  # SSKD without tf and ss, without ss, without tf
-# The flags that each method uses, as published. A term whose weight is 0 uses none.
-OWN = {"alone": {}, "KD, 4 views": KD, "KD + tf": KD | TF, "KD + ss": KD | SS, "SSKD": KD | TF | SS}
-for _method in METHODS.values():
-    OWN[_method.label] = KD | {"--ce-weight": _method.ce_weight, "--kd-weight": _method.kd_weight}
-    OWN[_method.label] |= {"--weight": _method.weight} | ({"--first-epoch": None} if _method.first_epochs else {})
-OF_METHODS = {name for own in OWN.values() for name in own}
+OF_METHODS = {*KD, *TF, *SS, "--weight", "--first-epoch"}  # flags that some methods don't use
 BY = ("device", "amp", "compile", "deterministic", "t_features", "data")  # what --by of table.py tells apart
 # flags that name a run or say how it was computed; they make no setting of their own
 NO_SETTING = {"--arch", "--s-arch", "--teacher", "--method", "--seed", "--dataset", "--save-interval"}
 NO_SETTING |= {f"--{name.replace('_', '-')}" for name in BY}
+UNFINISHED = dict.fromkeys(("best_acc", "last_acc", "test_acc"), math.nan)
+
+
+def labels() -> dict[str, str]:
+    """The row of each compared method in the tables, by its name in METHODS: its label, or the name if that is taken.
+
+    METHODS is read anew at each call, so it is the only place where a method is entered.
+    """
+    found: dict[str, str] = {}
+    for name, method in METHODS.items():
+        taken = {"", "alone", "SSKD", *ABLATION, *found.values()}  # "": it has no label
+        found[name] = name if method.label in taken else method.label
+    return found
+
+
+def own_flags() -> dict[str, dict[str, Any]]:
+    """The flags that the method of each row uses, as published. A term whose weight is 0 uses none."""
+    own = {"alone": {}, "KD, 4 views": KD, "KD + tf": KD | TF, "KD + ss": KD | SS, "SSKD": KD | TF | SS}
+    for name, label in labels().items():
+        method = METHODS[name]
+        own[label] = KD | {"--ce-weight": method.ce_weight, "--kd-weight": method.kd_weight, "--weight": method.weight}
+        own[label] |= {"--first-epoch": None} if method.first_epochs else {}
+    return own
 
 
 # ---------------------------------------------------------------------------------------------------------- reading
 
 
-def read_runs(path: Path) -> Iterator[dict[str, Any]]:
+def read_runs(path: Path, unfinished: bool = False) -> Iterator[dict[str, Any]]:
     """Yields the finished runs below a folder (outer folders first) or in a .jsonl file, as rows for `frame_of`.
 
-    A run that can't be read is left out, with a line on stderr. Raises UserError if there is no such folder or file.
+    With `unfinished` also the others below a folder; their accuracies are NaN. A run that can't be read is left out,
+    with a line on stderr. Raises UserError if there is no such folder or file.
     """
     if path.is_dir():
-        results = map(Path, glob.glob(f"{glob.escape(str(path))}/**/result.json", recursive=True))  # follows links
-        folders = sorted((result.parent for result in results), key=lambda folder: (len(folder.parts), folder))
+        name = "config.json" if unfinished else "result.json"
+        files = map(Path, glob.glob(f"{glob.escape(str(path))}/**/{name}", recursive=True))  # follows links
+        folders = sorted((file.parent for file in files), key=lambda folder: (len(folder.parts), folder))
         sources = [(str(folder), partial(record_of, folder)) for folder in folders]
     elif path.suffix == ".jsonl" and path.is_file():
         lines = enumerate(path.read_bytes().splitlines(), 1)
@@ -66,7 +87,10 @@ def read_runs(path: Path) -> Iterator[dict[str, Any]]:
 
 def record_of(folder: Path) -> dict[str, Any]:
     """The record of a run folder: its flags, what ran at its first start, later starts that differ, its result."""
-    config, result = (json.loads((folder / name).read_bytes()) for name in ("config.json", "result.json"))
+    config, file = json.loads((folder / "config.json").read_bytes()), folder / "result.json"
+    result = {"teacher": config["starts"][-1].get("teacher", {})} | UNFINISHED  # in progress
+    if file.exists():
+        result = json.loads(file.read_bytes())
     first, *later = map(start_of, config["starts"])
     others = [start for start in later if start | {"started": ""} != first | {"started": ""}]
     result.get("teacher", {}).pop("path", None)  # a path on somebody's machine
@@ -93,7 +117,7 @@ def run_of(place: str, record: dict) -> dict[str, Any]:
         folder = (re.search(r"_seed\d+_(.+)$", record["run"]) or ["", ""])[1]
         named = re.sub(r"^teacher_|(_vanilla)?(_seed\d+)?$", "", folder)
         teacher = result.get("teacher", {}).get("arch") or named or "?"
-    published = COMMON | OWN[method] | {"--lr": 0.01 if network in LOW_RATE else 0.05}
+    published = COMMON | own_flags()[method] | {"--lr": 0.01 if network in LOW_RATE else 0.05}
     names = [name for name in published | flags if name in published or name not in NO_SETTING | OF_METHODS]
     values = {name: value_of(flags.get(name), published.get(name)) for name in names}
     devices = dict.fromkeys(str(start.get("device")) for start in (record, *record.get("starts", ())))
@@ -107,7 +131,9 @@ def run_of(place: str, record: dict) -> dict[str, Any]:
 def method_of(flags: dict) -> str:
     """The row of the tables that a student belongs to."""
     if "--method" in flags:
-        return METHODS[flags["--method"]].label
+        if flags["--method"] not in METHODS:
+            raise LookupError(f"--method {flags['--method']} is not in METHODS of methods/__init__.py")
+        return labels()[flags["--method"]]
     tf, ss = flags["--tf-weight"] != 0, flags["--ss-weight"] != 0
     return "SSKD" if tf and ss else ABLATION[1 if tf else 2 if ss else 0]
 
@@ -122,15 +148,17 @@ def value_of(value: Any, default: Any) -> Any:
 # ----------------------------------------------------------------------------------------------------- the DataFrame
 
 
-def frame_of(runs: list[dict[str, Any]], dataset: str) -> pd.DataFrame:
-    """The runs on a data set as a DataFrame, with a column for each flag (None: not set, or not used by the method).
+def frame_of(runs: list[dict[str, Any]], dataset: str | None) -> pd.DataFrame:
+    """The runs on a data set (None: on any) as a DataFrame, with a column for each flag.
 
-    `unusual` names the flags that are not as published. Raises UserError if there is no run on the data set.
+    A flag is None if it is not set, or not used by the method. `unusual` names the flags that are not as published.
+    Raises UserError if there is no such run.
     """
-    chosen = [run for run in runs if run["dataset"] == dataset]
+    chosen = [run for run in runs if dataset in (None, run["dataset"])]
     if not chosen:
         others = ", ".join(sorted({run["dataset"] for run in runs}))
-        raise UserError(f"no finished run on {dataset}" + (f"; --dataset has a choice of {others}" if others else ""))
+        what = f"finished run on {dataset}" if dataset else "run"
+        raise UserError(f"no {what}" + (f"; --dataset has a choice of {others}" if others else ""))
     names = dict.fromkeys(name for run in chosen for name in run)
     return pd.DataFrame([names | run for run in chosen], dtype=object).astype({"best": float, "last": float})
 

@@ -11,6 +11,7 @@ With --address auto the runs go to a running Ray cluster. All its machines must 
 run folders under the same paths: Ray copies no files.
 """
 
+import contextlib
 import functools
 import importlib
 import itertools
@@ -19,6 +20,7 @@ import os
 import shlex
 import signal
 import sys
+import textwrap
 import time
 import traceback
 from argparse import SUPPRESS, Namespace
@@ -32,27 +34,20 @@ sys.path.insert(0, str(ROOT))
 import baseline
 import student
 import teacher
-from harness.flags import LOW_RATE, Parser, UserError, data_name, number
-from harness.record import Stopped, entry
+from harness.checkpoint import find_checkpoint, teacher_name
+from harness.flags import LOW_RATE, Parser, UserError, data_name, number, settings
+from harness.record import Run, Stopped, entry
+from harness.sources import read_for
 from methods import METHODS
+from teacher_store import fingerprint, load_teacher
 
 SCRIPTS = {"teacher.py": teacher.parse_args, "student.py": student.parse_args, "baseline.py": baseline.parse_args}
 NO_TF = {"--tf-weight": ["0"], "--tf-T": None, "--ratio-tf": None}
 NO_SS = {"--ss-weight": ["0"], "--ss-T": None, "--ratio-ss": None}
-# Each method's script, and its own flags, which nothing else changes. None: a flag that the method does without.
-KNOWN = {
-    "teacher": ("teacher.py", {"--few-shot": None, "--label-noise": None}),  # sees all images with their true labels
-    "alone": ("teacher.py", {}),
-    "sskd": ("student.py", {}),
-    "kd+tf": ("student.py", NO_SS),
-    "kd+ss": ("student.py", NO_TF),
-    "kd-4views": ("student.py", NO_TF | NO_SS),
-}
-for _name, _method in METHODS.items():
-    _stored = {"--t-features": None} if _method.maps else {}  # only the last feature can be stored, not the maps
-    KNOWN[_name] = ("baseline.py", {"--method": [_name]} | _stored)
 # flags that can't be the same for all runs
 OF_ONE_RUN = {"--seed", "--method", "--experiments", "--arch", "--s-arch", "--t-path", "--gpu-id", "--export"}
+
+OF_DATA = "dataset", "data_root", "data_url", "side", "train_size", "test_size"  # the flags that `read_for` reads
 
 REPORT = 60  # seconds between two reports of progress
 RETRIES = 20  # how often Ray restarts a run whose worker or node died
@@ -62,6 +57,22 @@ class Job(NamedTuple):
     command: list[str]  # the script and its flags
     log: Path
     teacher: str  # the run that must finish first, if the sweep has a run of this name
+
+
+def known_methods() -> dict[str, tuple[str, dict[str, list[str] | None]]]:
+    """Each method's script and own flags, which nothing else changes. None: a flag that the method does without."""
+    known = {
+        "teacher": ("teacher.py", {"--few-shot": None, "--label-noise": None}),  # sees all images, with true labels
+        "alone": ("teacher.py", {}),
+        "sskd": ("student.py", {}),
+        "kd+tf": ("student.py", NO_SS),
+        "kd+ss": ("student.py", NO_TF),
+        "kd-4views": ("student.py", NO_TF | NO_SS),
+    }
+    for name, method in METHODS.items():
+        stored = {"--t-features": None} if method.maps else {}  # only the last feature can be stored, not the maps
+        known[name] = ("baseline.py", {"--method": [name]} | stored)
+    return known
 
 
 # -------------------------------------------------------------------------------------------------------- the commands
@@ -76,7 +87,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
     add("part", nargs="?", choices=["all", "teachers", "similar", "cross"], default="all", help=parts)
     add("--pairs", nargs="+", metavar="TEACHER:STUDENT", help="use these pairs instead of the published ones")
     add("--seeds", nargs="+", type=seed, default=[0], metavar="SEED", help="repeat everything with each seed")
-    _, *known = KNOWN
+    _, *known = known_methods()
     methods = f"any of {' '.join(known)} (default: sskd; for all published pairs: alone sskd)"
     add("--methods", nargs="+", choices=known, metavar="METHOD", help=methods)
     grid = "a flag of the students and its values (quote a value of several words); students run with every combination"
@@ -99,7 +110,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
     args.pairs = [pair.partition(":")[::2] for pair in args.pairs] if args.pairs else published
     # Here every value is a list of words; the scripts check them in `commands`.
     scripts = Parser("All flags of the scripts; their own --help explains them")
-    for flag in sorted(set().union(*(flags_of(KNOWN[method][0]) for method in ("teacher", *args.methods)))):
+    for flag in sorted(set().union(*(flags_of(known_methods()[method][0]) for method in ("teacher", *args.methods)))):
         scripts.add_argument(flag, dest=flag, nargs="*", default=SUPPRESS, metavar="VALUE")
     args.flags = vars(scripts.parse_args(argv[own_end + 1 :]))
     words = [word for flag, *values in args.grid for word in (f"--{flag.lstrip('-')}", *values)]
@@ -160,7 +171,7 @@ def commands(args: Namespace, method: str, networks: list[str], seed: int) -> It
 
     `networks` are flags that end with the network to train.
     """
-    script, own = KNOWN[method]
+    script, own = known_methods()[method]
     known = flags_of(script) - own.keys()
     flags = {"--lr": ["0.01" if networks[-1] in LOW_RATE else "0.05"], "--seed": [str(seed)]}
     flags |= {flag: values for flag, values in args.flags.items() if flag in known} | own
@@ -175,6 +186,56 @@ def commands(args: Namespace, method: str, networks: list[str], seed: int) -> It
         yield folder, [script, *words]
 
 
+# ------------------------------------------------------------------------------------------------------ finished runs
+
+
+def results_of(jobs: dict[str, Job]) -> dict[str, str]:
+    """The finished runs, with their results in words: those for which their scripts would find nothing to do.
+
+    A student is not finished before its teacher. Each data set and each teacher is read once for all runs.
+    """
+    identity_of.cache_clear()
+    found: dict[str, str] = {}
+    for name, job in jobs.items():
+        if job.teacher not in jobs or job.teacher in found:
+            with contextlib.suppress(UserError, OSError):  # such as other flags in the folder: the script reports it
+                if result := result_of(*job.command):
+                    found[name] = result
+    return found
+
+
+def result_of(script: str, *words: str) -> str | None:
+    """The result of a command's run in words, if it is finished. Raises UserError if its folder can't be used."""
+    args = SCRIPTS[script](words)
+    if script == "teacher.py":
+        folder = Path(args.experiments) / f"teacher_{args.arch}{data_name(args)}_seed{args.seed}"
+    else:
+        module = {"student.py": student, "baseline.py": baseline}[script]
+        folder = module.run_folder(args, teacher_name(find_checkpoint(args.t_path)))
+    if not (folder / "result.json").exists():
+        return None
+    of_data = tuple((name, getattr(args, name)) for name in OF_DATA)
+    identity = identity_of(of_data, getattr(args, "t_path", None), getattr(args, "t_arch", None))
+    return Run(folder, settings(args, identity)).result
+
+
+@functools.cache
+def identity_of(of_data: tuple, t_path: str | None, t_arch: str | None) -> dict[str, Any]:
+    """What a run records of its data and its teacher; nothing if they can't be read here."""
+    args = Namespace(**dict(of_data))
+    with (
+        contextlib.suppress(UserError, OSError),
+        contextlib.redirect_stdout(None),  # what a run says of its data
+        contextlib.redirect_stderr(None),
+    ):
+        if t_path is None:
+            return read_for(args, about={}).identity
+        found = load_teacher(t_path, t_arch)
+        source = read_for(args, found.about, found.file)
+        return source.identity | {"teacher": fingerprint(found.network(len(source.classes)))}
+    return {}
+
+
 # ------------------------------------------------------------------------------------------------------------- on Ray
 
 
@@ -186,11 +247,17 @@ def main(argv: list[str] | None = None) -> None:
         for script, *flags in (job.command for job in jobs.values()):
             print(shlex.join(["python", os.path.relpath(ROOT / script), *flags]))
         return
-    ray, share = start_ray(args.address, args.per_gpu)
+    done = results_of(jobs)
+    left = {name: job for name, job in jobs.items() if name not in done}
+    ray, share = start_ray(args.address, args.per_gpu) if left else (None, {})
     logs = args.experiments / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     print(f"{len(jobs)} runs, logs in {logs}", flush=True)
-    if not perform(ray, share, jobs):
+    for count, (name, result) in enumerate(done.items(), 1):
+        print(f"[{count}/{len(jobs)}] finished: {name}: {result}", flush=True)
+    if not left:
+        print(f"{len(jobs)} runs: {len(jobs)} finished")
+    elif not perform(ray, share, left, len(done)):
         sys.exit(1)
 
 
@@ -205,15 +272,26 @@ def start_ray(address: str | None, per_gpu: int) -> tuple[Any, dict[str, float]]
         raise UserError("Ray is missing: pip install -r requirements-experiments.txt (--list does without)") from None
     # Ray's object store, which the runs don't use, would take a third of the memory
     own = {} if address else {"include_dashboard": False, "object_store_memory": 100 * 2**20}
-    ray.init(address or "local", log_to_driver=False, logging_level="ERROR", **own)
+    try:
+        ray.init(address or "local", log_to_driver=False, logging_level="ERROR", **own)
+    except Exception as error:  # OSError, ValueError, RuntimeError, Ray's own
+        advice = f"is a cluster running at --address {address}?" if address else "--list does without Ray"
+        if "AF_UNIX" in str(error):
+            advice = "set RAY_TMPDIR to a folder with a short path: RAY_TMPDIR=/tmp python experiments/sweep.py …"
+        reason = textwrap.shorten(str(error) or type(error).__name__, 300, placeholder=" …")
+        raise UserError(f"Ray did not start ({reason}); {advice}") from error
     gpus = ray.cluster_resources().get("GPU")
     cores = [node["Resources"]["CPU"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
     share = int((1 if gpus else min(cores, default=1)) / per_gpu * 10_000) / 10_000  # rounded down: 3 thirds must fit
     return ray, {"num_gpus": share, "num_cpus": 0} if gpus else {"num_cpus": share}
 
 
-def perform(ray: Any, share: dict[str, float], jobs: dict[str, Job]) -> bool:
-    """Runs all jobs; returns whether all of them finished. Raises Stopped when a signal has ended them."""
+def perform(ray: Any, share: dict[str, float], jobs: dict[str, Job], done: int) -> bool:
+    """Runs all jobs; returns whether all of them finished. Raises Stopped when a signal has ended them.
+
+    `done` is how many others were finished before.
+    """
+    total = done + len(jobs)
     signals: list[int] = []
     for each in (signal.SIGINT, signal.SIGTERM):  # an exception from a handler can get lost inside Ray
         signal.signal(each, lambda number, frame: signals.append(number))
@@ -230,7 +308,7 @@ def perform(ray: Any, share: dict[str, float], jobs: dict[str, Job]) -> bool:
                 outcome = f"finished: {name}: {ray.get(task)}"
             except ray.exceptions.RayError as error:  # the run's own, or that of its teacher
                 outcome = failed[name] = f"failed: {name}: {str(error).strip().splitlines()[-1]}"
-            print(f"[{len(jobs) - len(left)}/{len(jobs)}] {outcome}", flush=True)
+            print(f"[{total - len(left)}/{total}] {outcome}", flush=True)
         if time.time() > reported + REPORT:
             for log in (jobs[name].log for name in left.values()):
                 if log.exists() and log.stat().st_mtime > reported:
@@ -242,8 +320,8 @@ def perform(ray: Any, share: dict[str, float], jobs: dict[str, Job]) -> bool:
             ray.cancel(task)
         ray.wait(list(left), num_returns=len(left), timeout=60)
     print(*failed.values(), sep="\n", end="\n" if failed else "")
-    counts = {"finished": len(jobs) - len(failed) - len(left), "failed": len(failed), "not finished": len(left)}
-    print(f"{len(jobs)} runs: {', '.join(f'{count} {what}' for what, count in counts.items() if count)}", flush=True)
+    counts = {"finished": total - len(failed) - len(left), "failed": len(failed), "not finished": len(left)}
+    print(f"{total} runs: {', '.join(f'{count} {what}' for what, count in counts.items() if count)}", flush=True)
     ray.shutdown()
     if left:
         raise Stopped(signals[0])

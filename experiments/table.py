@@ -3,6 +3,7 @@
     python experiments/table.py                                            # the run folders in experiments/
     python experiments/table.py --markdown                                 # the same for a README; or --csv, --json
     python experiments/table.py experiments/cifar100.jsonl --against KD    # gains over KD, seed by seed
+    python experiments/table.py --against "SSKD --ratio-ss 0.5"            # of a grid, gains over this one
     python experiments/table.py --record experiments/mine.jsonl experiments/cifar100
 
 Runs on CIFAR-100 with the published flags fill the published tables. All others are listed: a row for each combination
@@ -22,7 +23,7 @@ from scipy.stats import t as student_t
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # wherever this is started from
 
-from experiments.runs import ABLATION, BY, OF_METHODS, OWN, flags_in, frame_of, read_runs, shown, write_record
+from experiments.runs import ABLATION, BY, OF_METHODS, flags_in, frame_of, own_flags, read_runs, shown, write_record
 from harness.flags import Parser, UserError, warn
 from harness.record import entry
 
@@ -88,13 +89,33 @@ def summary_of(runs: pd.DataFrame) -> pd.DataFrame:
     return table
 
 
-def gains_over(method: str, runs: pd.DataFrame, setting: list[str]) -> pd.DataFrame:
-    """What each row gains over a method: mean of the paired differences and its 95 % interval (Student's t).
+def find_others(words: str, runs: pd.DataFrame) -> pd.DataFrame:
+    """The runs of a method or, as in "SSKD --ratio-ss 0.5", those with some values of its flags.
+
+    Adds the column against: the method with those of its own flags that vary. Raises UserError if there is no such run.
+    """
+    method, *flags = words.strip().split(" --")
+    others = runs[runs["method"] == method]
+    if others.empty:
+        raise UserError(f"--against {words}: no run of this method; there are {', '.join(runs['method'].unique())}")
+    varying = [name for name in flags_in(others) if name in OF_METHODS and others[name].map(shown).nunique() > 1]
+    names = [" ".join([method, *(f"{x} {shown(run[x])}".strip() for x in varying)]) for _, run in others.iterrows()]
+    others = chosen = others.assign(against=names)
+    for flag in flags:
+        name, _, value = flag.replace("=", " ", 1).partition(" ")
+        if f"--{name}" in chosen:
+            chosen = chosen[natural(chosen[f"--{name}"]) == natural(pd.Series([value.strip()]))[0]]
+        if f"--{name}" not in chosen or chosen.empty:
+            raise UserError(f"--against {words}: no such run; there are {', '.join(others['against'].unique())}")
+    return chosen
+
+
+def gains_over(others: pd.DataFrame, runs: pd.DataFrame, setting: list[str]) -> pd.DataFrame:
+    """What each row gains over other runs: mean of the paired differences and its 95 % interval (Student's t).
 
     A pair has the same network, setting, seed and teacher; a network trained alone fits any teacher. If several rows of
-    the method fit, the one whose flags are nearest to the published ones counts.
+    the others fit, the one whose flags are nearest to the published ones counts, which the column against names.
     """
-    others = runs[runs["method"] == method]
     pairs = runs.merge(others, on=["network", "seed", *setting], suffixes=("", "_other"))
     pairs = pairs[(pairs["fingerprint_other"] == pairs["fingerprint"]) | (pairs["teacher_other"] == "")]
     pairs = pairs.assign(departures=pairs["unusual_other"].map(len))
@@ -102,7 +123,7 @@ def gains_over(method: str, runs: pd.DataFrame, setting: list[str]) -> pd.DataFr
     fitting = fitting.sort_values(["row", "departures", "size"], ascending=[True, True, False], kind="stable")
     pairs = pairs.merge(fitting.drop_duplicates("row")[["row", "row_other"]])
     pairs = pairs[pairs["kind"] != pairs["kind_other"]]
-    gains = {"pairs": pairs.groupby("row").size()}
+    gains = {"against": pairs.groupby("row")["against"].first(), "pairs": pairs.groupby("row").size()}
     for which in ("best", "last"):
         differences = (pairs[which] - pairs[f"{which}_other"]).groupby(pairs["row"])
         mean, half = differences.mean(), student_t.ppf(0.975, differences.count() - 1) * differences.sem()
@@ -118,9 +139,9 @@ def unusual_flags(table: pd.DataFrame) -> list[str]:
 
 def split_flags(table: pd.DataFrame) -> tuple[list[str], str]:
     """The unusual flags that vary among the methods that use them, and all others as one types them."""
-    varying, same = [], []
+    varying, same, own = [], [], own_flags()
     for name in unusual_flags(table):
-        uses = [name not in OF_METHODS or name in OWN[method] for method in table["method"]]
+        uses = [name not in OF_METHODS or name in own[method] for method in table["method"]]
         values = table.loc[uses, name].map(shown).unique()
         if len(values) > 1:
             varying.append(name)
@@ -192,6 +213,9 @@ def show_list(rows: pd.DataFrame, args: argparse.Namespace) -> None:
         table[which] = rows.apply(accuracy, axis=1, which=which)
         if args.against:
             table[f"{which} − {args.against}"] = rows.apply(gain, axis=1, which=which)
+    several = args.against and set(rows["against"].dropna()) - {args.against}
+    if several:
+        table["against"] = rows["against"].fillna("")
     show(f"{args.dataset}, {same or 'published flags'}", table.replace("", NONE), args.markdown)
     if any(one):
         print("teacher (fingerprint of its weights): one for all seeds of the row; elsewhere each seed has its own.")
@@ -199,6 +223,8 @@ def show_list(rows: pd.DataFrame, args: argparse.Namespace) -> None:
         print("--val-fraction: test accuracy at the epoch that is best on held-out images; else best on the test set.")
     if args.against:
         print(f"− {args.against}: mean difference [95 % interval, Student's t] (pairs with the same seed and teacher).")
+    if several:
+        print(f'against: the row nearest to the published flags; another, for example: --against "{min(several)}"')
 
 
 def show(title: str, table: pd.DataFrame, markdown: bool) -> None:
@@ -220,7 +246,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     where = "a folder (all finished runs below it) or a .jsonl file; default: the folder of this script"
     add("paths", nargs="*", type=Path, default=[Path(__file__).parent], metavar="PATH", help=where)
     add("--dataset", default="cifar100", help="show the runs on this data set")
-    over = "list all runs with their gains over this method (KD, for example), paired by seed and teacher"
+    over = "list all runs with their gains over this method (KD, for example), paired by seed and teacher; "
+    over += 'of a grid, name the one as in "SSKD --ratio-ss 0.5" (default: the one nearest to the published flags)'
     add("--against", metavar="METHOD", help=over)
     add("--by", nargs="+", choices=BY, default=[], help="list all runs and tell apart how they were computed")
     add = parser.add_mutually_exclusive_group().add_argument
@@ -244,10 +271,7 @@ def main(argv: list[str] | None = None) -> None:
     columns = ["dataset", "network", "teacher", "one_teacher", "method", *args.by, *unusual_flags(rows)]
     columns += ["n", "best_mean", "best_sd", "last_mean", "last_sd", "seeds"]
     if args.against:
-        if args.against not in set(rows["method"]):
-            there = ", ".join(rows["method"].unique())
-            raise UserError(f"--against {args.against}: no run of this method; there are {there}")
-        gains = gains_over(args.against, runs, setting)
+        gains = gains_over(find_others(args.against, runs), runs, setting)
         rows, columns = rows.join(gains), [*columns, *gains]
     data = rows[columns].rename(columns=lambda name: name.lstrip("-").replace("-", "_"))
     if args.json:

@@ -29,8 +29,8 @@ class Method(nn.Module):
         UserError: the method does not work with these networks or labels.
     """
 
-    label: str  # name of the method's row in the tables
-    weight: float  # published weight of the method's term
+    label = ""  # name of the method's row in the tables; by default its name in METHODS
+    weight = 1.0  # published weight of the method's term
     ce_weight = 0.1  # published weight of the cross-entropy beside it (SSKD's tables; CRD's tables use 1)
     kd_weight = 0.9  # published weight of kd beside it (SSKD's tables; CRD's tables use 0)
     maps = True  # False: of the teacher, the method needs only the last feature and the logits
@@ -45,8 +45,9 @@ class Method(nn.Module):
         for whose, outputs in (("student", student), ("teacher", teacher)):
             if self.maps and (found := len(outputs.features)) < self.least_features:
                 raise UserError(
-                    f"{self.label} compares feature maps: with is_feat=True the {whose} returns {found} features, and "
-                    f"it needs {self.least_features} (maps first, last the pooled vector); choose another method"
+                    f"{self.label or type(self).__name__} compares feature maps: with is_feat=True the {whose} returns "
+                    f"{found} features, and it needs {self.least_features} (maps first, last the pooled vector); "
+                    "choose another method"
                 )
 
     def forward(self, student: Outputs, teacher: Outputs, target: Tensor, rows: Tensor) -> Tensor:

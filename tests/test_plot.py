@@ -101,6 +101,32 @@ def test_curves_are_the_accuracies_of_the_log_and_held_out_images_are_named(tmp_
     assert (ax.get_xlabel(), ax.get_ylabel()) == ("epoch", "accuracy (%)")
 
 
+def test_curves_draw_runs_in_progress_on_whatever_data_set_they_are(tmp_path, capsys):
+    runs = ("resnet20", "synthetic", [10, 20]), ("resnet8", "folder", [5]), ("vgg8", "folder", [])
+    for arch, dataset, accuracies in runs:
+        run = write_network(tmp_path, arch, 50, 49, dataset=dataset)
+        lines = [{"phase": "teacher", "epoch": i, "val/cls_acc": acc} for i, acc in enumerate(accuracies, 1)]
+        (run / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        if arch != "resnet20":
+            (run / "result.json").unlink()
+    (ax,) = figure_of("curves", tmp_path).axes
+    found = {line.get_label(): line.get_ydata().tolist() for line in ax.get_lines()}
+    assert found == {"resnet20, alone, synthetic": [10, 20], "resnet8, alone, folder": [5]}
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "teacher_vgg8_seed0 left out" in line  # it has no epoch yet
+    (ax,) = figure_of("curves", tmp_path / "teacher_resnet8_seed0").axes
+    assert [line.get_label() for line in ax.get_lines()] == ["resnet8, alone"]
+
+
+def test_the_data_set_is_that_of_the_runs_and_the_file_is_named_and_not_among_the_tracked_figures(tmp_path, capsys):
+    for seed, more in SEEDS:
+        write_student(tmp_path, PAIR, 60 + more, 50, seed, dataset="cifar10")
+    assert "cifar10" in figure_of("accuracy", tmp_path).get_suptitle()
+    assert "figures" not in plot.parse_args(["accuracy", str(tmp_path)]).output.parts
+    plot.main(["accuracy", str(tmp_path), "--output", str(tmp_path / "a.svg")])
+    assert capsys.readouterr().out == f"{tmp_path / 'a.svg'} is written\n"
+
+
 def test_a_figure_has_a_white_background_and_the_format_of_its_suffix(study, tmp_path):
     with matplotlib.rc_context({"axes.facecolor": "black", "savefig.facecolor": "black"}):  # the reader's own settings
         plot.main(["ratio-ss", str(study), "--output", str(tmp_path / "a.png")])

@@ -1,5 +1,6 @@
 """experiments/sweep.py: the commands that it makes, and how they run on Ray."""
 
+import json
 import os
 import re
 import shlex
@@ -11,8 +12,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, SHORT, contents, run_script
+from conftest import ROOT, SHORT, SHORT_STUDENT, contents, run_script
+from recorded import change
 
+import student
+import teacher
 from experiments import sweep
 
 PAIR = ["--pairs", "resnet20:resnet8"]
@@ -88,7 +92,7 @@ def test_a_grid_varies_no_teacher_and_the_method_wins_over_the_grid_and_the_grid
 
 
 def test_every_method_is_a_command_with_its_published_rate(listed):
-    methods = [method for method in sweep.KNOWN if method != "teacher"]
+    methods = [method for method in sweep.known_methods() if method != "teacher"]
     jobs = listed("--pairs", "vgg13:ShuffleV2", "--methods", *methods)[1:]
     assert len(jobs) == 17 and {args.lr for _, args in jobs} == {0.01}
     assert [args.method for name, args in jobs if name == "baseline.py"] == list(sweep.METHODS)
@@ -194,18 +198,37 @@ def test_a_run_takes_its_share_of_a_gpu_or_of_the_cores(gpus, per_gpu, share, mo
     assert addresses == ["auto"]
 
 
+@pytest.mark.parametrize(
+    ("error", "words", "says"),
+    [
+        (OSError("AF_UNIX path length cannot exceed 107 bytes: /long/plasma_store"), [], "RAY_TMPDIR"),
+        (ConnectionError("Could not find any\nrunning Ray instance."), ["--address", "auto"], "--address auto"),
+        (ValueError("Invalid address format: a b"), ["--address", "a b"], "Invalid address format"),
+        (RuntimeError("Version mismatch"), ["--address", "auto"], "Version mismatch"),
+        (LookupError(), [], "LookupError"),
+    ],
+)
+def test_whatever_keeps_ray_from_starting_ends_in_one_line(error, words, says, monkeypatch, tmp_path, fails):
+    def init(*_, **settings):
+        raise error
+
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(init=init))
+    assert says in fails(sweep.main, *PAIR, "--experiments", tmp_path, *words)
+
+
 class FakeRay:
     """Ends one task at each `wait`, in the order of submission. `errors`: what ends a run and all that need it."""
 
     exceptions = SimpleNamespace(RayError=LookupError)
 
     def __init__(self, errors):
-        self.errors = errors
+        self.errors, self.submitted = errors, 0
 
     def remote(self, **options):
         return lambda work: SimpleNamespace(remote=self.submit)
 
     def submit(self, command, log, folder, *needed):
+        self.submitted += 1
         self.errors.update((log.stem, self.errors[task.stem]) for task in needed if task.stem in self.errors)
         return log
 
@@ -240,6 +263,40 @@ def test_a_failure_is_reported_for_the_run_and_those_that_need_it_and_the_others
     assert lines[-4:] == [*failed, "6 runs: 3 finished, 3 failed"]
     assert f"{student.format('vgg13')}: epoch 1 of {student.format('vgg13')}" in lines
     assert "[2/6] finished: teacher_vgg11_seed0: done" in lines
+
+
+def test_a_finished_run_starts_no_process_unless_its_flags_data_or_teacher_are_others(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    at = ["--experiments", "runs"]
+    teacher.main(["--arch", "resnet8", *at, *SHORT])
+    student.main(["--t-path", "runs/teacher_resnet8_seed0", *at, *SHORT_STUDENT])
+    student_folder = next(Path("runs").glob("sskd_*"))
+
+    def started(*more):
+        """How many runs a sweep gives to Ray, and what it prints."""
+        ray = FakeRay({})
+        monkeypatch.setattr(sweep, "start_ray", lambda *_: (ray, {}))
+        capsys.readouterr()
+        sweep.main(["--pairs", "resnet8:resnet8", *at, "--", *SHORT_STUDENT[:-6], *SHORT_STUDENT[-4:], *more])
+        return ray.submitted, capsys.readouterr().out
+
+    count, output = started()
+    assert count == 0
+    for folder, line in zip(("runs/teacher_resnet8_seed0", student_folder), output.splitlines()[1:3], strict=True):
+        assert f"{json.loads((Path(folder) / 'result.json').read_text())['best_acc']:.2f}" in line
+    assert output.splitlines()[-1] == "2 runs: 2 finished"
+    count, output = started("--momentum", "0.5")  # the folders hold other runs: both scripts must say so
+    assert (count, output.splitlines()[-1]) == (2, "2 runs: 2 finished")
+    assert started("--ss-T", "0.25")[0] == 1  # a student with a folder of its own
+    config = student_folder / "config.json"
+    flags = json.loads(config.read_text())["flags"]
+    for name in ("data", "teacher"):
+        change(config, flags=flags | {name: "of others"})
+        assert started()[0] == 1
+    change(config, flags=flags)
+    assert started()[0] == 0
+    (student_folder / "result.json").unlink()
+    assert started()[0] == 1
 
 
 # ------------------------------------------------------------------------------------------------------------- on Ray

@@ -2,12 +2,19 @@
 
 import csv
 import json
+import shlex
+from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import SHORT
 from recorded import COMMON, KD, PLAIN, SS, START, TF, change, write_network, write_run, write_student
 
-from experiments import runs, table
+import baseline
+import teacher
+from experiments import runs, sweep, table
+from methods import METHODS, Method
+from models import model_dict
 
 PAIR = ("vgg13", "vgg8")
 T_975 = 4.302653  # Student's t for 95 % with two degrees of freedom, from a printed table
@@ -61,9 +68,7 @@ def records(file):
 
 
 def test_the_published_flags_are_the_defaults_of_the_scripts():
-    import baseline
     import student
-    import teacher
 
     def unusual(parse_args, *words):
         flags = vars(parse_args([str(word) for word in words])) | {"dataset": "cifar100"}
@@ -284,6 +289,65 @@ def test_gains_over_the_network_alone_and_over_the_usual_flags_of_a_method(tmp_p
         rows = as_json(capsys, tmp_path, "--against", method)
         assert [row["ratio_ss"] for row in rows] == [None, 0.25, 0.75, 1]
         assert [row["best_difference"] for row in rows] == gains
+
+
+def test_the_row_of_a_grid_that_counts_for_against_is_named_and_can_be_chosen(tmp_path, capsys, fails):
+    for ratio, best in ((0.25, 53), (0.5, 54)):
+        write_student(tmp_path, PAIR, best, best, ratio_ss=ratio)
+    write_student(tmp_path, PAIR, 50, 49, **PLAIN)
+    for words, taken, gain in (
+        ("SSKD", "0.25", "-3.00 (1)"),
+        ("SSKD --ratio-ss 0.5", "0.5", "-4.00 (1)"),
+        ("SSKD --ratio-ss=0.50", "0.5", "-4.00 (1)"),
+    ):
+        (_, rows) = listed(capsys, tmp_path, "--against", words)
+        assert {row["method"]: row[f"best − {words}"] for row in rows}["KD, 4 views"] == gain
+        found = {row["method"]: row["against"] for row in as_json(capsys, tmp_path, "--against", words)}
+        assert found["KD, 4 views"] == f"SSKD --ratio-ss {taken}"
+    text = show(capsys, tmp_path, "--against", "SSKD")
+    assert "SSKD --ratio-ss 0.25" in text
+    assert "ratio-ss" not in "".join(show(capsys, tmp_path, "--against", "KD, 4 views").splitlines()[-1:])
+    for words in ("SSKD --ratio-ss 0.75", "SSKD --nope 1"):
+        assert "there are SSKD --ratio-ss 0.25, SSKD --ratio-ss 0.5" in fails(table.main, tmp_path, "--against", words)
+
+
+class Toy(Method):
+    """A method as a user writes it."""
+
+    maps = False
+
+    def forward(self, student, teacher, target, rows):
+        return (student.logits - teacher.logits).square().mean()
+
+
+def test_methods_and_model_dict_are_the_only_places_for_a_method_and_a_network(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("matplotlib")
+    from experiments import plot
+
+    class Again(METHODS["crd"]):  # copied, with the label that it had
+        weight = 0.5
+
+    monkeypatch.setitem(METHODS, "toy", Toy)
+    monkeypatch.setitem(METHODS, "again", Again)
+    monkeypatch.setitem(model_dict, "tiny", model_dict["resnet8"])
+    monkeypatch.chdir(tmp_path)
+    sweep.main(["--list", "--pairs", "tiny:tiny", "--methods", "toy", "again", "crd", "--", *SHORT])
+    scripts = {"teacher.py": teacher.main, "baseline.py": baseline.main}
+    for line in capsys.readouterr().out.splitlines():
+        _, script, *flags = shlex.split(line)
+        scripts[Path(script).name](flags)
+    capsys.readouterr()
+    words = ["experiments", "--dataset", "synthetic"]
+    rows = as_json(capsys, *words)
+    assert {(row["network"], row["method"]) for row in rows} == {
+        ("tiny", method) for method in ("alone", "toy", "again", "CRD")
+    }
+    title, rows = listed(capsys, *words)
+    assert not any("weight" in name for name in (title, *rows[0]))  # all have their published weights
+    ax = plot.draw(plot.parse_args(["accuracy", *words])).axes[0]
+    assert {"toy", "again"} < {tick.get_text() for tick in ax.get_yticklabels()}
+    labels = [line.get_label() for line in plot.draw(plot.parse_args(["curves", *words])).axes[0].get_lines()]
+    assert {"tiny, toy", "tiny, again"} < set(labels)
 
 
 def write_several(root):
