@@ -46,8 +46,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def train(args: Namespace) -> None:
     source = sources.read_for(args, about={})
-    folder = Path(args.experiments) / f"teacher_{args.arch}{flags.data_name(args)}_seed{args.seed}"
-    run = Run(folder, flags.settings(args, source.identity))
+    run = Run(run_folder(args), flags.settings(args, source.identity))
     if run.finished():
         return
     flags.warn_of_schedule(args)
@@ -80,6 +79,11 @@ def train(args: Namespace) -> None:
         if epoch in args.milestones or epoch % args.save_interval == 0 or epoch == args.epoch:
             run.keep(f"{epoch:03d}.pth", best)
     run.finish(utils.test_of_best(model, run.best_checkpoint, data, autocast))
+
+
+def run_folder(args: Namespace) -> Path:
+    """experiments/teacher_…"""
+    return Path(args.experiments) / f"teacher_{args.arch}{flags.data_name(args)}_seed{args.seed}"
 
 
 def make_loss(model: nn.Module, autocast: Callable) -> Callable:

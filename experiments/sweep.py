@@ -208,7 +208,7 @@ def result_of(script: str, *words: str) -> str | None:
     """The result of a command's run in words, if it is finished. Raises UserError if its folder can't be used."""
     args = SCRIPTS[script](words)
     if script == "teacher.py":
-        folder = Path(args.experiments) / f"teacher_{args.arch}{data_name(args)}_seed{args.seed}"
+        folder = teacher.run_folder(args)
     else:
         module = {"student.py": student, "baseline.py": baseline}[script]
         folder = module.run_folder(args, teacher_name(find_checkpoint(args.t_path)))
