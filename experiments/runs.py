@@ -30,7 +30,7 @@ SS |= {"--t-epoch": 60, "--t-lr": 0.05, "--t-milestones": "30 45"}
 
 ABLATION = ("KD, 4 views", "KD + tf", "KD + ss")  # SSKD without tf and ss, without ss, without tf
 OF_METHODS = {*KD, *TF, *SS, "--weight", "--first-epoch"}  # flags that some methods don't use
-BY = ("device", "amp", "compile", "deterministic", "t_features", "data")  # what --by of table.py tells apart
+BY = ("device", "amp", "tf32", "compile", "deterministic", "t_features", "data")  # what --by of table.py tells apart
 # flags that name a run or say how it was computed; they make no setting of their own
 NO_SETTING = {"--arch", "--s-arch", "--teacher", "--method", "--seed", "--dataset", "--save-interval"}
 NO_SETTING |= {f"--{name.replace('_', '-')}" for name in BY}
