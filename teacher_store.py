@@ -63,13 +63,10 @@ def report_teacher(found: checkpoint.Checkpoint, network: nn.Module, data: Data,
 
     Returns:
         What config.json and result.json of a student say of its teacher.
-
     """
     file, held_out = found.file, found.about.get("held_out")
     if data.about.get("held_out") not in (None, held_out):
-        how = (
-            f"--val-fraction {held_out[0]} --seed {held_out[1]}" if held_out else "no --val-fraction, as far as it says"
-        )
+        how = "--val-fraction {} --seed {}".format(*held_out) if held_out else "no --val-fraction, as far as it says"
         warn(f"{file}: trained with {how}: it may have seen images that choose the student's best epoch here")
     acc = evaluate(network, data.test, autocast, "test of the teacher").acc
     print(f"teacher: {file}, {found.arch}, test accuracy {acc:.2f}", flush=True)

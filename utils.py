@@ -33,7 +33,7 @@ def pick_device(gpu_id: int) -> torch.device:
     Raises:
         UserError: CUDA has no such device; several processes were started for one run.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if os.environ.get("WORLD_SIZE", "") not in ("", "1"):
         raise UserError("one run on several GPUs (torchrun) does not work yet: start one process, python student.py …")
     if torch.cuda.is_available():
         if gpu_id >= torch.cuda.device_count():
@@ -45,11 +45,9 @@ def pick_device(gpu_id: int) -> torch.device:
         device = torch.device("mps" if torch.backends.mps.is_available() else "cpu")
         hidden = os.environ.get("CUDA_VISIBLE_DEVICES") == ""  # the user wants no GPU
         if not hidden and Path("/proc/driver/nvidia/version").exists():
-            made_for = f"was made for CUDA {torch.version.cuda}" if torch.version.cuda else "was made without CUDA"
-            advice = "install a PyTorch that fits the driver, or a newer driver (nvidia-smi shows the driver's CUDA)"
-            warn(
-                f"a GPU driver is here, but this PyTorch {made_for} and can't use it, so this runs on the CPU; {advice}"
-            )
+            made = f"was made for CUDA {torch.version.cuda}" if torch.version.cuda else "was made without CUDA"
+            advice = "install one that fits the driver (nvidia-smi shows its CUDA), or a newer driver"
+            warn(f"a GPU driver is here, but PyTorch {made} and can't use it, so this runs on the CPU: {advice}")
         elif gpu_id:
             warn(f"--gpu-id {gpu_id}: PyTorch finds no CUDA device here, so this runs on the {device}")
     threads = "" if device.type == "cuda" else f", {torch.get_num_threads()} threads"

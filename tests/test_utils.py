@@ -78,7 +78,7 @@ def test_a_gpu_that_pytorch_cannot_use_gets_a_line_unless_the_user_hides_it(monk
     for hidden in ("", None):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "") if hidden == "" else monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
         assert utils.pick_device(0).type == "cpu"
-        assert ("warning: a GPU driver is here, but this PyTorch" in capsys.readouterr().err) == (hidden is None)
+        assert ("warning: a GPU driver is here, but PyTorch" in capsys.readouterr().err) == (hidden is None)
 
 
 @pytest.mark.parametrize(
