@@ -74,6 +74,8 @@ def test_what_systems_leave_behind_is_ignored(place, tmp_path):
 
 @pytest.mark.parametrize("end", "gif jfif jpe jp2 tga JPEG ppm tiff avif qoi".split())
 def test_whatever_pillow_reads_is_an_image(end, tmp_path):
+    if Image.registered_extensions().get(f".{end.lower()}") not in Image.SAVE:
+        pytest.skip("this Pillow does not write the format")
     settings = {"format": "JPEG"} if end in ("jfif", "jpe", "JPEG") else {}
     file = save(tmp_path / "train" / "cat" / f"a.{end}", **settings)
     assert names(folders.class_files(tmp_path / "train").classes) == {"cat": [f"a.{end}"]}
@@ -190,7 +192,7 @@ def test_splits_that_do_not_fit_are_refused(change, says, tmp_path):
     [
         ("a.png", GREY, {}, GREY >> 8),
         ("a.tiff", GREY, {}, GREY >> 8),
-        ("a.ppm", GREY, {}, GREY >> 8),
+        ("a.ppm", GREY.astype(np.int32), {}, GREY >> 8),
         ("a.jp2", GREY, {"irreversible": False}, GREY >> 8),
         ("a.tiff", (GREY >> 8).astype(np.uint8), {"tiffinfo": {262: 0}}, GREY >> 8),
     ],
