@@ -104,7 +104,7 @@ def evaluate(args: Namespace) -> None:
     source = sources.read_for(args, found.about, found.file, train=False)
     model = found.network(len(source.classes))
     device = utils.pick_device(args.gpu_id)
-    images = cifar.load(source, args, device).test
+    images = cifar.test_images(source, args, device)
     model.to(device, memory_format=cifar.LAYOUT)
     test = utils.evaluate(model, images, utils.precision(args.amp, device))
     top5 = "" if test.acc_top5 is None else f", top-5 {test.acc_top5:.2f} %,"

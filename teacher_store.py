@@ -52,7 +52,8 @@ def load_teacher(path: str, arch: str | None) -> checkpoint.Checkpoint:
 def fingerprint(network: nn.Module) -> str:
     """A short name for exactly these weights (on the CPU)."""
     state = network.state_dict().items()
-    return digest({name: hashlib.sha256(value.numpy().tobytes()).hexdigest() for name, value in state})
+    bits = {name: value.contiguous().reshape(-1).view(torch.uint8).numpy() for name, value in state}
+    return digest({name: hashlib.sha256(value).hexdigest() for name, value in bits.items()})
 
 
 def report_teacher(found: checkpoint.Checkpoint, network: nn.Module, data: Data, autocast: Callable) -> dict[str, Any]:

@@ -84,8 +84,8 @@ def frozen(backbone: nn.Module, maps: bool = True, preact: bool = False) -> nn.M
     """A copy of a backbone for fast inference: images → (features, logits), equal up to rounding.
 
     A batch norm that follows a convolution becomes part of it, but not if the convolution's output is also a returned
-    feature; without `maps` fewer are returned, so more are folded. A backbone that torch.fx can't trace, or that uses a
-    layer twice, stays as it is, and a line says so.
+    feature; without `maps` fewer are returned, so more are folded. A backbone that torch.fx can't trace, that uses a
+    layer twice or has hooks stays as it is, and a line says so.
     """
     network = _Answer(backbone, maps, preact).eval()
     try:
@@ -94,6 +94,8 @@ def frozen(backbone: nn.Module, maps: bool = True, preact: bool = False) -> nn.M
         layers = [layer for layer in layers if isinstance(layer, nn.Conv2d | nn.BatchNorm2d)]
         if len(set(layers)) < len(layers):
             raise ValueError("it uses a layer twice")
+        if any(layer._forward_hooks or layer._forward_pre_hooks for layer in backbone.modules()):
+            raise ValueError("it has hooks")
         network = optimization.fuse(traced, no_trace=True)
     except Exception as error:  # the network's own code meets a symbol in place of a tensor
         reason = " ".join(str(error).split()) or type(error).__name__
@@ -116,6 +118,7 @@ def check_network(network: nn.Module, arch: str, classes: int, side: int) -> Non
         logits = network.eval()(images)
         features, same = network(images, is_feat=True, preact=False)
         width = features[-1].shape[1:]
+        frozen(network)(images)  # as a teacher it has to run without gradients, too
     except Exception as error:  # whatever the network's own code raises
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{arch} fails on two images, with is_feat=True or without: {reason}") from error
@@ -127,4 +130,3 @@ def check_network(network: nn.Module, arch: str, classes: int, side: int) -> Non
         raise UserError(f"{arch}: its last nn.Linear is no classifier of features[-1], {tuple(width)} per image")
     if not torch.allclose(linear[-1](features[-1]), logits, rtol=1e-3, atol=1e-4):
         raise UserError(f"{arch}: its logits are not what its last nn.Linear gives for features[-1]")
-    frozen(network)

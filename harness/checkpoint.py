@@ -73,6 +73,7 @@ class Checkpoint(NamedTuple):
         with torch.random.fork_rng(devices=[]):
             network = model_dict[self.arch](num_classes=classes)
         own, children = network.state_dict().keys(), dict(network.named_children())
+        parameters = dict(network.named_parameters())
         weights = self._unwrapped(first=next(iter(own)))
         if self.arch == "MobileNetV2":  # RepDistiller's classifier is a Sequential
             weights = {name.replace("classifier.0.", "classifier."): tensor for name, tensor in weights.items()}
@@ -91,7 +92,8 @@ class Checkpoint(NamedTuple):
             listed = textwrap.shorten(", ".join(foreign), 100, placeholder=" …")
             print(f"{self.file}: left out what is no part of {self.arch}: {listed}", flush=True)
         for name, tensor in network.state_dict().items():
-            if not tensor.isfinite().all():
+            # a buffer may hold -inf on purpose, as a mask does
+            if tensor.isnan().any() or (name in parameters and not tensor.isfinite().all()):
                 raise UserError(f"{self.file}: '{name}' is not finite: the training diverged; give another checkpoint")
         return network
 
@@ -148,7 +150,8 @@ def find_checkpoint(path: str | Path) -> Path:
     if path.is_file():
         return path
     if not path.is_dir():
-        train = f"python teacher.py --arch {_arch_in_name(path.name) or 'NETWORK'}"
+        arch = next(filter(None, map(_arch_in_name, reversed(path.parts))), "NETWORK")
+        train = f"python teacher.py --arch {arch}"
         raise UserError(f"{path}: no such file or folder; give a run folder or a checkpoint file, or train it: {train}")
     found = []
     for folder in filter(Path.is_dir, (path, path / "ckpt")):
@@ -196,8 +199,10 @@ def _load(file: Path) -> dict:
             r"(?:GLOBAL |got <class ')([^\s']+)", str(error)
         )
         reason = "is not a PyTorch checkpoint, or is damaged or truncated; download or save it again"
-        if kind := _kind_of_archive(data) or kind_of(data) or ("an ONNX file" if file.suffix == ".onnx" else None):
+        if kind := _kind_of_archive(data) or kind_of(data):
             reason = f"is {kind}; give a checkpoint, such as a run's folder"
+        elif "Unsupported operand" in str(error):
+            reason = "was saved with another pickle protocol, which can't be read safely; leave torch.save its own"
         elif refused:
             plainly = "save the state dict alone: torch.save(network.state_dict(), FILE)"
             reason = f"holds a Python object ({refused[1]}), which could run code; {plainly}"

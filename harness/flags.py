@@ -60,6 +60,13 @@ _HINTS = {  # flags of other repositories, and what does the same here
 }
 
 
+def _expanded(value: Any) -> Any:
+    """The same text, path or list with ~ expanded."""
+    if isinstance(value, list):
+        return [_expanded(x) for x in value]
+    return type(value)(os.path.expanduser(value)) if isinstance(value, str | Path) else value
+
+
 class Parser(argparse.ArgumentParser):
     """An argparse parser that raises UserError on a wrong flag, shows defaults in its help and expands ~ in paths."""
 
@@ -69,15 +76,13 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, *given: Any) -> tuple[argparse.Namespace, list[str]]:
         args, rest = super().parse_known_args(*given)
         for name, value in vars(args).items():  # the shell leaves the ~ of --flag=~/path as it is
-            if isinstance(value, str):
-                setattr(args, name, os.path.expanduser(value))
-            elif isinstance(value, list):
-                setattr(args, name, [os.path.expanduser(x) if isinstance(x, str) else x for x in value])
+            if isinstance(value, str | Path | list):
+                setattr(args, name, _expanded(value))
         return args, rest
 
     def error(self, message: str) -> NoReturn:
         for words, hint in _HINTS.items():
-            if words in message:
+            if words in message.lower():
                 raise UserError(f"{message}: {hint}")
         if wrong := re.search(r"(?:unrecognized arguments: |invalid choice: ')([^\s'=]+)", message):
             known = [word for action in self._actions for word in (*action.option_strings, *(action.choices or ()))]
@@ -107,7 +112,7 @@ def number(kind: type, low: float, high: float = 10**9, above: bool = False) -> 
         if not low <= value <= high or (above and value == low):
             what = "a whole number" if kind is int else "a number"
             bound = f"above {low}" if above else f"of at least {low}"
-            hint = "; separate numbers by spaces" if "," in text else ""
+            hint = "; separate numbers by spaces" if "," in text and kind is int else ""
             raise argparse.ArgumentTypeError(f"{text!r} is not {what} {bound} and at most {high}{hint}")
         return value
 

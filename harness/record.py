@@ -13,6 +13,7 @@ import json
 import math
 import os
 import platform
+import random
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 from tensorboardX import summary, writer
 from tensorboardX.event_file_writer import EventFileWriter, EventsWriter
@@ -215,7 +217,7 @@ class Run:
         and saved after each. A complete phase yields nothing; of its parts those are restored that the running phase
         saves, too (for example the teacher's SS head).
 
-        Before each epoch torch's generators are seeded by (seed, phase, epoch), for networks with dropout.
+        Before each epoch all random generators are seeded by (seed, phase, epoch), for networks with dropout.
         """
         saved = self.state["parts"]
         with restoring(self.ckpt / "last.pth"):
@@ -226,7 +228,9 @@ class Run:
         self.phase, self.total = phase, epochs
         first = self.state["epoch"] + 1 if self.state["phase"] == phase else 1
         for epoch in range(first, epochs + 1):
-            torch.manual_seed(int(digest([self.settings.get("seed"), phase, epoch])[:15], 16))
+            seed = int(digest([self.settings.get("seed"), phase, epoch])[:8], 16)
+            for generator in (random.seed, np.random.seed, torch.manual_seed):
+                generator(seed)
             yield epoch
             self._check_folder()
             self.state |= {"phase": phase, "epoch": epoch, "seconds": time.monotonic() - self._began}

@@ -299,7 +299,7 @@ def test_the_file_that_a_run_resumes_from_is_refused(state, tmp_path):
 @pytest.mark.parametrize("zipped", [True, False])
 def test_a_file_that_is_no_checkpoint_or_is_truncated_is_refused(zipped, state, tmp_path):
     file = save(state, tmp_path / "best.pth", zipped)
-    for content in (file.read_bytes()[:-1000], b"hello\n"):
+    for content in (file.read_bytes()[:-1000], b"\x80\x02hello\n"):
         file.write_bytes(content)
         assert "is not a PyTorch checkpoint, or is damaged or truncated" in complaint(file, arch="resnet8")
 
@@ -348,7 +348,9 @@ def exported_program(file):
     ("name", "write", "says"),
     [
         ("a.pt2", exported_program, "is an exported network (.pt2)"),
-        ("a.onnx", lambda file: file.write_bytes(b"\x08\x0a\x12\x07pytorch"), "is an ONNX file"),
+        ("a.pth", lambda file: file.write_bytes(b"\x08\x0a\x12\x07pytorch"), "is an ONNX file"),
+        ("a.pth", lambda file: file.write_bytes(b"404: Not Found"), "is a text file"),
+        ("a.pth", lambda file: torch.save({"a": None}, file, pickle_protocol=5), "another pickle protocol"),
         ("a.npz", lambda file: np.savez(file, a=np.ones(3)), "is an archive of NumPy arrays"),
         ("a.h5", lambda file: file.write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(100)), "is an HDF5 file"),
         ("best.pth", lambda file: file.write_bytes(b"<!DOCTYPE html>\n<html>"), "is an HTML page"),

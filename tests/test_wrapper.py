@@ -96,6 +96,8 @@ class Small(nn.Module):
     def __init__(self, lacking=None):
         super().__init__()
         self.body = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        if lacking == "hook":
+            self.body[1].register_forward_hook(lambda module, given, made: made * 2)
         self.fc, self.lacking = (OwnLinear if lacking == "own linear" else nn.Linear)(5, 7), lacking
 
     def forward(self, x, is_feat=False, **preact):
@@ -140,7 +142,7 @@ def test_a_linear_layer_of_ones_own_class_is_a_classifier():
     assert isinstance(classifier(teacher.backbone), OwnLinear)
 
 
-@pytest.mark.parametrize("lacking", ["trace", "twice"])
+@pytest.mark.parametrize("lacking", ["trace", "twice", "hook"])
 def test_a_teacher_that_cannot_be_traced_or_folded_is_used_unfolded_with_a_line(lacking, capsys):
     network = fill(Small(lacking))
     check_network(network, "mine", 7, 32)
