@@ -296,7 +296,7 @@ def killed(name, moments, whole, root, entries, monkeypatch):
         # the table; the head's epoch 2; its state, the head being saved; the log of the student's epoch 1; its files
         ("student on disk", (150, 60, 195, 205, 7)),
         # the table; the log of epoch 1, whose state is saved; its student_best.pth; epoch 2
-        ("crd on disk", (40, 20, 5, 57)),
+        pytest.param("crd on disk", (40, 20, 5, 57), marks=pytest.mark.slow),
     ],
 )
 def test_a_run_killed_again_and_again_ends_like_one_that_never_was(name, moments, runs, entries, tmp_path, monkeypatch):
