@@ -292,7 +292,7 @@ def test_the_loss_is_the_weighted_sum_of_its_terms(method, weight):
     assert loss.item() == pytest.approx((0.3 * ce + 0.6 * kd + float(weight) * own).item(), rel=1e-4)
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_term_of_weight_0_may_be_anything(compiled, monkeypatch):
     args, networks, made, batch = step_of("fitnet", "--weight", "0")
     monkeypatch.setattr(type(made), "forward", lambda self, s, *_: (self.regressor(s.features[2]) * torch.nan).sum())

@@ -294,7 +294,7 @@ def killed(name, moments, whole, root, entries, monkeypatch):
         # the log of the start; the log of epoch 1, whose state is saved; its best.pth; the files of epoch 2
         ("teacher", (3, 7, 5, 12)),
         # the table; the head's epoch 2; its state, the head being saved; the log of the student's epoch 1; its files
-        ("student on disk", (150, 60, 195, 205, 7)),
+        pytest.param("student on disk", (150, 60, 195, 205, 7), marks=pytest.mark.slow),
         # the table; the log of epoch 1, whose state is saved; its student_best.pth; epoch 2
         pytest.param("crd on disk", (40, 20, 5, 57), marks=pytest.mark.slow),
     ],
