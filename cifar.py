@@ -12,6 +12,7 @@ import hashlib
 import math
 from argparse import Namespace
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -235,7 +236,7 @@ class Data(NamedTuple):
     about: dict  # what a checkpoint says of its data: see harness/checkpoint.py
 
 
-def _some(source: Source, split: Split, rows: Tensor, args: Namespace, device: torch.device | str) -> Images:
+def _some(source: Source, args: Namespace, device: torch.device | str, split: Split, rows: Tensor) -> Images:
     chosen = Split(split.pixels[rows], split.labels[rows])
     return Images(chosen, (source.mean, source.std), device, args.batch_size, args.seed, rows)
 
@@ -252,7 +253,7 @@ def test_images(source: Source, args: Namespace, device: torch.device | str) -> 
         UserError: there are fewer images than asked for.
     """
     _check_size(source, len(source.test.labels), args.test_size, "test")
-    return _some(source, source.test, sample(source.test.labels, args.test_size), args, device)
+    return _some(source, args, device, source.test, sample(source.test.labels, args.test_size))
 
 
 def load(source: Source, args: Namespace, device: torch.device | str) -> Data:
@@ -262,9 +263,7 @@ def load(source: Source, args: Namespace, device: torch.device | str) -> Data:
         UserError: there are fewer images than asked for.
     """
 
-    def images(split: Split, rows: Tensor) -> Images:
-        return _some(source, split, rows, args, device)
-
+    images = partial(_some, source, args, device)
     _check_size(source, len(source.train.labels), args.train_size, "train")
     rows, about = sample(source.train.labels, args.train_size), dict(source.about)
     val = test = test_images(source, args, device)

@@ -38,11 +38,6 @@ def warn(text: str) -> None:
     print(f"warning: {' '.join(text.split())}", file=sys.stderr, flush=True)
 
 
-def silent() -> bool | None:
-    """tqdm's `disable`: True without stderr, else None, which silences a bar unless stderr is a terminal."""
-    return True if sys.stderr is None else None
-
-
 # -------------------------------------------------------------------------------------------------------------- parser
 
 

@@ -1,13 +1,12 @@
 """baseline.py: every compared method trains from the command line, stops, resumes and exports."""
 
 import copy
-import itertools
 import json
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import contents, end_of
+from conftest import contents, end_of, stop_at
 from oracle import PUBLISHED
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -18,7 +17,7 @@ import methods
 import models
 import utils
 from harness import sources
-from harness.flags import Fault, UserError
+from harness.flags import UserError
 from methods import METHODS, Outputs, crd, negatives
 from models import model_dict
 from wrapper import classifier, frozen
@@ -150,18 +149,6 @@ def test_first_epoch_sets_the_length_of_the_first_phase_and_means_nothing_to_oth
 
 
 # Stopping and resuming
-
-
-def stop_at(step, monkeypatch):
-    """Lets a run fail before its update number `step`."""
-    updates, update = itertools.count(1), utils.SGD.step
-
-    def failing(self, loss):
-        if next(updates) == step:
-            raise Fault("stopped by the test")
-        update(self, loss)
-
-    monkeypatch.setattr(utils.SGD, "step", failing)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY_STUDENT, contents, end_of, plain
+from conftest import ROOT, TINY_STUDENT, contents, end_of, plain, stop_at
 from torch import nn
 
 import cifar
@@ -47,18 +47,6 @@ def copy_of(teacher, folder):
     copy.mkdir()
     shutil.copy(teacher / "ckpt" / "best.pth", copy)
     return copy
-
-
-def stop_at(step, monkeypatch):
-    """Lets a run fail before its update number `step`."""
-    updates, update = itertools.count(1), utils.SGD.step
-
-    def failing(self, loss):
-        if next(updates) == step:
-            raise Fault("stopped by the test")
-        update(self, loss)
-
-    monkeypatch.setattr(utils.SGD, "step", failing)
 
 
 # The teacher
