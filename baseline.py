@@ -25,7 +25,7 @@ from harness.checkpoint import teacher_name
 from harness.export import export
 from harness.record import Run, entry
 from methods import METHODS, Method, Outputs, kd_loss, set_phase
-from models import model_dict
+from models import build, folder_name
 from teacher_store import Features, features, fingerprint, load_teacher, report_teacher
 from wrapper import classifier, frozen, of_feature
 
@@ -77,7 +77,7 @@ def train(args: Namespace) -> Path:
     """Trains the student, or what a stopped run left of it; returns the run's folder."""
     found = load_teacher(args.t_path, args.t_arch)
     source = sources.read_for(args, found.about, found.file)
-    network = found.network(len(source.classes))
+    network = found.network(len(source.classes), source.side)
     identity = source.identity | {"teacher": fingerprint(network)}
     run = Run(run_folder(args, teacher_name(found.file)), flags.settings(args, identity))
     if run.finished():
@@ -87,7 +87,7 @@ def train(args: Namespace) -> Path:
     data = cifar.load(source, args, device)
     utils.set_up(args, device)
 
-    student = model_dict[args.s_arch](num_classes=len(source.classes))
+    student = build(args.s_arch, len(source.classes), source.side)
     for module in (student, network):
         module.to(device, memory_format=cifar.LAYOUT)
     preact, autocast = METHODS[args.method].preact, utils.precision(args.amp, device)
@@ -108,7 +108,8 @@ def train(args: Namespace) -> Path:
 def run_folder(args: Namespace, teacher: str) -> Path:
     """experiments/{method}_student_…: named by the flags of the loss and by the teacher's folder."""
     return Path(args.experiments) / (
-        f"{args.method}_student_{args.s_arch}_weight{args.ce_weight}+{args.kd_weight}+{args.weight}_T{args.kd_T}"
+        f"{args.method}_student_{folder_name(args.s_arch)}"
+        f"_weight{args.ce_weight}+{args.kd_weight}+{args.weight}_T{args.kd_T}"
         f"{flags.data_name(args)}_seed{args.seed}_{teacher}"
     )
 

@@ -19,14 +19,14 @@ import cifar
 import utils
 from harness import checkpoint, flags, sources
 from harness.record import Run, entry
-from models import model_dict
+from models import build, check_name, folder_name, model_dict
 from wrapper import check_network
 
 
 def parse_args(argv: list[str] | None) -> Namespace:
     parser = flags.make_parser("Trains a teacher on CIFAR-100 with cross-entropy.")
     known = ", ".join(model_dict)
-    parser.add_argument("--arch", choices=model_dict, metavar="NETWORK", help=f"one of {known}")
+    parser.add_argument("--arch", type=check_name, metavar="NETWORK", help=f"one of {known}; {flags.OTHER_NETWORKS}")
     accuracy_of = "print the test accuracy of a run folder or checkpoint, and exit"
     parser.add_argument("--evaluate", metavar="PATH", help=accuracy_of)
     args = parser.parse_args(argv)
@@ -54,7 +54,7 @@ def train(args: Namespace) -> None:
     data = cifar.load(source, args, device)
     utils.set_up(args, device)
 
-    model = model_dict[args.arch](num_classes=len(source.classes))
+    model = build(args.arch, len(source.classes), source.side)
     check_network(model, args.arch, len(source.classes), source.side)
     run.start(device, images=source.counts, **utils.sizes(source.side, model))
     model.to(device, memory_format=cifar.LAYOUT)
@@ -83,7 +83,7 @@ def train(args: Namespace) -> None:
 
 def run_folder(args: Namespace) -> Path:
     """experiments/teacher_…"""
-    return Path(args.experiments) / f"teacher_{args.arch}{flags.data_name(args)}_seed{args.seed}"
+    return Path(args.experiments) / f"teacher_{folder_name(args.arch)}{flags.data_name(args)}_seed{args.seed}"
 
 
 def make_loss(model: nn.Module, autocast: Callable) -> Callable:
@@ -102,7 +102,7 @@ def evaluate(args: Namespace) -> None:
     """Prints the test accuracy of any checkpoint that `models.load` reads."""
     found = checkpoint.read(args.evaluate, args.arch)
     source = sources.read_for(args, found.about, found.file, train=False)
-    model = found.network(len(source.classes))
+    model = found.network(len(source.classes), source.side)
     device = utils.pick_device(args.gpu_id)
     images = cifar.load(source, args, device).test
     model.to(device, memory_format=cifar.LAYOUT)

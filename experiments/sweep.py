@@ -17,6 +17,7 @@ import importlib
 import itertools
 import json
 import os
+import re
 import shlex
 import signal
 import sys
@@ -39,6 +40,7 @@ from harness.flags import LOW_RATE, Parser, UserError, data_name, number, settin
 from harness.record import Run, Stopped, entry
 from harness.sources import read_for
 from methods import METHODS
+from models import folder_name, is_own
 from teacher_store import fingerprint, load_teacher
 
 SCRIPTS = {"teacher.py": teacher.parse_args, "student.py": student.parse_args, "baseline.py": baseline.parse_args}
@@ -107,7 +109,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
     if args.part == "teachers":
         args.methods = [method for method in args.methods if method == "alone"]
     published = [pair for name in chosen for pair in tables[name]["pairs"]]
-    args.pairs = [pair.partition(":")[::2] for pair in args.pairs] if args.pairs else published
+    args.pairs = [pair_of(words) for words in args.pairs] if args.pairs else published
     # Here every value is a list of words; the scripts check them in `commands`.
     scripts = Parser("All flags of the scripts; their own --help explains them")
     for flag in sorted(set().union(*(flags_of(known_methods()[method][0]) for method in ("teacher", *args.methods)))):
@@ -122,6 +124,12 @@ def parse_args(argv: list[str] | None) -> Namespace:
     if "--val-fraction" in args.flags and args.teacher_seed is not None and set(args.seeds) != {args.teacher_seed}:
         parser.error("--val-fraction: students of other seeds hold out other images than --teacher-seed's teacher")
     return args
+
+
+def pair_of(words: str) -> tuple[str, str]:
+    """TEACHER:STUDENT, each of which may be FILE.py:CLASS; the student is "" if there is none."""
+    found = re.fullmatch(r"(.+?(?:\.py:\w+)?):(.+)", words)
+    return found.groups() if found else (words, "")
 
 
 @functools.cache
@@ -142,11 +150,12 @@ def make_jobs(args: Namespace) -> dict[str, Job]:
     for method, seed, (t_arch, s_arch) in itertools.product(methods, args.seeds, args.pairs):
         t_seed = seed if args.teacher_seed is None else args.teacher_seed
         path = teacher_folder(args, t_arch, t_seed)
-        name, networks, needed = f"{method}_{s_arch}_seed{seed}", ["--arch", s_arch], ""
+        name, networks, needed = f"{method}_{folder_name(s_arch)}_seed{seed}", ["--arch", s_arch], ""
         if method == "teacher":
             name, networks, seed = path.name, ["--arch", t_arch], t_seed
         elif method != "alone":
             name, networks, needed = f"{name}_{path.name}", ["--t-path", str(path), "--s-arch", s_arch], path.name
+            networks = (["--t-arch", t_arch] if is_own(t_arch) else []) + networks  # code must be named
         for folder, command in commands(args, method, networks, seed):
             full = f"{folder}_{name}" if folder else name
             jobs[full] = Job(command, args.experiments / "logs" / f"{full}.log", needed)
@@ -157,6 +166,7 @@ def teacher_folder(args: Namespace, arch: str, seed: int) -> Path:
     """The folder of a teacher: the one that its run makes or, in `--teachers`, one with another usual name."""
     fraction = args.flags.get("--val-fraction")
     held_out = data_name(teacher.parse_args(["--arch", arch, "--val-fraction", *fraction])) if fraction else ""
+    arch = folder_name(arch)
     names = [f"teacher_{arch}{held_out}_seed{seed}"]
     if not args.teachers:
         return args.experiments / names[0]
@@ -232,7 +242,7 @@ def identity_of(of_data: tuple, t_path: str | None, t_arch: str | None) -> dict[
             return read_for(args, about={}).identity
         found = load_teacher(t_path, t_arch)
         source = read_for(args, found.about, found.file)
-        return source.identity | {"teacher": fingerprint(found.network(len(source.classes)))}
+        return source.identity | {"teacher": fingerprint(found.network(len(source.classes), source.side))}
     return {}
 
 

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from harness.files import kind_of
 from harness.flags import UserError
-from models import model_dict
+from models import LIBRARIES, build, check_name, is_own, model_dict
 
 _SUFFIXES = ("", ".pth", ".pt", ".tar", ".ckpt", ".bin", ".safetensors")
 _NOT_NETWORKS = ("last.pth", "ss_head_", "features_")  # what a run saves beside its networks
@@ -55,23 +55,24 @@ class Checkpoint(NamedTuple):
     """The content of a checkpoint file."""
 
     file: Path
-    arch: str  # a key of model_dict
+    arch: str  # a name that `models.build` knows
     about: dict[str, Any]  # what the checkpoint says about itself; empty if it comes from elsewhere
     acc: float | None  # the test accuracy it reports: in percent, but some repositories save a fraction
     state: dict[str, Tensor]  # the weights, under the names in the file
 
-    def network(self, num_classes: int | None = None) -> nn.Module:
+    def network(self, num_classes: int | None = None, side: int | None = None) -> nn.Module:
         """The plain network (CPU, float32) with these weights; draws no random number.
 
         Args:
             num_classes: the number of classes; by default the checkpoint's, or 100 if it does not say.
+            side: of the images, in pixels; by default the checkpoint's, or 32.
 
         Raises:
             UserError: the weights don't fit, or are not finite.
         """
         classes = self.about.get("classes", 100) if num_classes is None else num_classes
         with torch.random.fork_rng(devices=[]):
-            network = model_dict[self.arch](num_classes=classes)
+            network = build(self.arch, classes, side or self.about.get("side", 32))
         own, children = network.state_dict().keys(), dict(network.named_children())
         weights = self._unwrapped(first=next(iter(own)))
         if self.arch == "MobileNetV2":  # RepDistiller's classifier is a Sequential
@@ -234,14 +235,24 @@ def _kind_of_archive(data: bytes) -> str | None:
 def _choose_arch(file: Path, told: object, arch: str | None) -> str:
     """The network's name: `told` by the checkpoint, else `arch`, else from the name of the file or folder."""
     known = ", ".join(model_dict)
-    if arch is not None and arch not in model_dict:
-        raise UserError(f"{file}: the network '{arch}' is unknown; give one of: {known}")
+    if arch is not None:
+        try:
+            check_name(arch)
+        except UserError as error:
+            raise UserError(f"{file}: {error}") from None
+    if isinstance(told, str) and is_own(told):  # a file must not run code that its user does not name
+        if arch is None:
+            flags = f"--t-arch {told} (--s-arch beside --s-path, --arch in teacher.py)"
+            raise UserError(
+                f"{file}: its network is the class {told}, which runs only if you name it, too: give {flags}"
+            )
+        told = arch
     folder = run_folder_of(file).name
     if file.name == "teacher.pth" and "_student_" in folder:  # a student's folder ends with its teacher's
         folder = re.sub(r".*?_seed\d+_", "", folder, count=1)
     words = {"the checkpoint says": told, "the flag says": arch}
     words["its name says"] = _arch_in_name(file.name) or _arch_in_name(folder)
-    words = {says: word for says, word in words.items() if isinstance(word, str) and word in model_dict}
+    words = {says: word for says, word in words.items() if isinstance(word, str) and (word == arch or _names_one(word))}
     if not words:
         own = f"its key 'arch' says '{told}', which is unknown here" if told else "it has no key 'arch'"
         raise UserError(
@@ -255,6 +266,11 @@ def _choose_arch(file: Path, told: object, arch: str | None) -> str:
     return chosen
 
 
+def _names_one(word: str) -> bool:
+    """Whether a word is a network's name. Raises UserError if it is a library's that is unknown or not installed."""
+    return word in model_dict or (word.startswith(LIBRARIES) and bool(check_name(word)))
+
+
 def _arch_in_name(name: str) -> str | None:
     """The network in the name of a file or folder.
 
@@ -263,6 +279,10 @@ def _arch_in_name(name: str) -> str | None:
     """
     name = re.sub(r"^([a-z]+_student_|teacher_|cifar100?_)", "", name.rpartition(",")[2])
     name = _SHORT.get(name, re.sub(r"^res(?=\d)", "resnet", name))
+    if name.startswith(LIBRARIES):
+        from models.foreign import name_in  # which imports the library
+
+        return name_in(name)
     fitting = [arch for arch in model_dict if re.match(re.escape(arch) + r"(?![A-Za-z0-9])", name)]
     return max(fitting, key=len, default=None)
 

@@ -1,12 +1,13 @@
 """The model zoo: 25 networks for 3x32x32 images, with the names, initial values and outputs of the published code.
 
-    from models import load, model_dict
+    from models import build, load, model_dict
 
     model = model_dict["wrn_40_2"](num_classes=100)
     logits = model(x)                                 # (N, 3, 32, 32) -> (N, 100)
     features, logits = model(x, is_feat=True)         # features[-1]: (N, D), the classifier's input
     features, logits = model(x, is_feat=True, preact=True)  # features before the last ReLU of their stage
     teacher = load("experiments/teacher_wrn_40_2_seed0")
+    model = build("timm.resnet18", num_classes=100)   # one of the zoo, timm.NAME, torchvision.NAME or FILE.py:CLASS
 
 All keep channels_last if given it, and can be traced by torch.fx and torch.compile.
 """
@@ -24,7 +25,9 @@ from .shufflenetv2 import ShuffleNetV2
 from .vgg import VGG
 from .wrn import WideResNet
 
-__all__ = ["load", "model_dict"]
+__all__ = ["build", "check_name", "folder_name", "is_own", "load", "model_dict"]
+
+LIBRARIES = ("timm.", "torchvision.")  # how the names of their networks begin
 
 _X1, _X4, _X05, _X0375 = (16, 16, 32, 64), (32, 64, 128, 256), (8, 8, 16, 32), (6, 6, 12, 24)
 
@@ -55,6 +58,38 @@ model_dict = {
     "ShuffleV1": ShuffleNetV1,
     "ShuffleV2": ShuffleNetV2,
 }
+
+
+def is_own(name: str) -> bool:
+    """Whether a network's name means a class in a file of one's own, `FILE.py:CLASS`."""
+    return ".py:" in name
+
+
+def check_name(name: str) -> str:
+    """Returns the name of a network that `build` knows; raises UserError for any other."""
+    if name not in model_dict:
+        from .foreign import check_name  # here, because it imports libraries, and harness
+
+        check_name(name, model_dict)
+    return name
+
+
+def build(name: str, num_classes: int = 100, side: int = 32) -> nn.Module:
+    """A new network for images of `side` pixels: of the zoo, or timm.NAME, torchvision.NAME, FILE.py:CLASS.
+
+    Raises:
+        UserError: the name is unknown, or the network of a library or of one's own doesn't fit.
+    """
+    if name in model_dict:
+        return model_dict[name](num_classes=num_classes)
+    from .foreign import build
+
+    return build(check_name(name), num_classes, side)
+
+
+def folder_name(name: str) -> str:
+    """A network's name as a part of the name of a folder: dir/mine.py:Net is mine.Net there."""
+    return f"{Path(name.rpartition(':')[0]).stem}.{name.rpartition(':')[2]}" if is_own(name) else name
 
 
 def load(path: str | Path, arch: str | None = None, num_classes: int | None = None) -> nn.Module:
