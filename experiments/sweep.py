@@ -36,7 +36,7 @@ import baseline
 import student
 import teacher
 from harness.checkpoint import find_checkpoint, teacher_name
-from harness.flags import LOW_RATE, Parser, UserError, data_name, number, settings
+from harness.flags import LOW_RATE, Parser, UserError, number, settings
 from harness.record import Run, Stopped, entry
 from harness.sources import read_for
 from methods import METHODS
@@ -164,13 +164,13 @@ def make_jobs(args: Namespace) -> dict[str, Job]:
 
 def teacher_folder(args: Namespace, arch: str, seed: int) -> Path:
     """The folder of a teacher: the one that its run makes or, in `--teachers`, one with another usual name."""
-    fraction = args.flags.get("--val-fraction")
-    held_out = data_name(teacher.parse_args(["--arch", arch, "--val-fraction", *fraction])) if fraction else ""
-    arch = folder_name(arch)
-    names = [f"teacher_{arch}{held_out}_seed{seed}"]
+    given = {flag: args.flags[flag] for flag in ("--val-fraction", "--pretrained") if flag in args.flags}
+    words = [word for flag, values in given.items() for word in (flag, *values)]
+    names = [teacher.run_folder(teacher.parse_args(["--arch", arch, "--seed", str(seed), *words])).name]
     if not args.teachers:
         return args.experiments / names[0]
-    names += [] if held_out else [f"{arch}_seed{seed}", f"teacher_{arch}", f"{arch}_vanilla", arch]
+    arch = folder_name(arch)
+    names += [] if given else [f"{arch}_seed{seed}", f"teacher_{arch}", f"{arch}_vanilla", arch]
     if found := [args.teachers / name for name in names if (args.teachers / name).is_dir()]:
         return found[0]
     raise UserError(f"--teachers {args.teachers}: none of the folders {', '.join(names)} is there")
@@ -224,13 +224,14 @@ def result_of(script: str, *words: str) -> str | None:
         folder = module.run_folder(args, teacher_name(find_checkpoint(args.t_path)))
     if not (folder / "result.json").exists():
         return None
+    pretrained = args.arch if getattr(args, "pretrained", None) else None
     of_data = tuple((name, getattr(args, name)) for name in OF_DATA)
-    identity = identity_of(of_data, getattr(args, "t_path", None), getattr(args, "t_arch", None))
+    identity = identity_of(of_data, getattr(args, "t_path", None), getattr(args, "t_arch", None), pretrained)
     return Run(folder, settings(args, identity)).result
 
 
 @functools.cache
-def identity_of(of_data: tuple, t_path: str | None, t_arch: str | None) -> dict[str, Any]:
+def identity_of(of_data: tuple, t_path: str | None, t_arch: str | None, pretrained: str | None) -> dict[str, Any]:
     """What a run records of its data and its teacher; nothing if they can't be read here."""
     args = Namespace(**dict(of_data))
     with (
@@ -239,7 +240,7 @@ def identity_of(of_data: tuple, t_path: str | None, t_arch: str | None) -> dict[
         contextlib.redirect_stderr(None),
     ):
         if t_path is None:
-            return read_for(args, about={}).identity
+            return read_for(args, teacher.normalisation(Namespace(arch=pretrained, pretrained=pretrained))).identity
         found = load_teacher(t_path, t_arch)
         source = read_for(args, found.about, found.file)
         return source.identity | {"teacher": fingerprint(found.network(len(source.classes), source.side))}

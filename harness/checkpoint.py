@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from harness.fetch import local
 from harness.files import kind_of
 from harness.flags import UserError
 from models import LIBRARIES, build, check_name, is_own, model_dict
@@ -139,13 +140,15 @@ def read(path: str | Path, arch: str | None = None) -> Checkpoint:
 def find_checkpoint(path: str | Path) -> Path:
     """The checkpoint at `path`: the file itself; in a folder, the one with 'best' in its name, else the only one.
 
+    An address is fetched, and so are the weights of a library's network: see `harness.fetch`.
+
     A folder is searched before its `ckpt/`. The shortest name comes first, then the first in alphabetical order.
 
     Raises:
         UserError: there is none, or there are several and none is called best.
         OSError: the folder can't be read.
     """
-    path = Path(path)
+    path = local(str(path), check=_load)
     if path.is_file():
         return path
     if not path.is_dir():

@@ -74,17 +74,19 @@ def check_name(name: str) -> str:
     return name
 
 
-def build(name: str, num_classes: int = 100, side: int = 32) -> nn.Module:
+def build(name: str, num_classes: int = 100, side: int = 32, pretrained: bool = False) -> nn.Module:
     """A new network for images of `side` pixels: of the zoo, or timm.NAME, torchvision.NAME, FILE.py:CLASS.
 
+    With `pretrained` it has the library's weights, but for a classifier of another number of classes.
+
     Raises:
-        UserError: the name is unknown, or the network of a library or of one's own doesn't fit.
+        UserError: the name is unknown, the network doesn't fit, or its weights can't be had.
     """
     if name in model_dict:
         return model_dict[name](num_classes=num_classes)
     from .foreign import build
 
-    return build(check_name(name), num_classes, side)
+    return build(check_name(name), num_classes, side, pretrained)
 
 
 def folder_name(name: str) -> str:

@@ -13,6 +13,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torchvision
@@ -61,7 +62,7 @@ def name_in(text: str) -> str | None:
     return None
 
 
-def build(name: str, num_classes: int, side: int) -> nn.Module:
+def build(name: str, num_classes: int, side: int, pretrained: bool) -> nn.Module:
     """The network of this name (see `check_name`) in train mode, for images of `side` pixels.
 
     Raises:
@@ -73,7 +74,7 @@ def build(name: str, num_classes: int, side: int) -> nn.Module:
             network = own_class(name)(num_classes=num_classes)
             check_contract(network, name, num_classes, side)
             return network.train()
-        return adapted(from_library(library, short, num_classes, side), num_classes, side)
+        return adapted(from_library(library, short, num_classes, side, pretrained), num_classes, side)
 
 
 @contextlib.contextmanager
@@ -90,15 +91,48 @@ def refusing(what: str) -> Iterator[None]:
 # ----------------------------------------------------------------------------------------------------------- libraries
 
 
-def from_library(library: str, name: str, num_classes: int, side: int) -> nn.Module:
+def from_library(library: str, name: str, num_classes: int, side: int, pretrained: bool) -> nn.Module:
     """The library's own network, whose last linear layer gives `num_classes` logits."""
     if library == "timm":
         import timm
 
         fixed = timm.models.get_pretrained_cfg(name).fixed_input_size
-        return timm.create_model(name, num_classes=num_classes, **({"img_size": side} if fixed else {}))
+        sized = {"img_size": side} if fixed else {}
+        return timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **sized)
     sized = {"image_size": side} if name.startswith("vit_") else {}
-    return torchvision.models.get_model(name, weights=None, num_classes=num_classes, **sized)
+    if not pretrained:
+        return torchvision.models.get_model(name, weights=None, num_classes=num_classes, **sized)
+    body = torchvision.models.get_model(name, weights="DEFAULT", **sized)
+    path, linear = last_linear(body)
+    if linear.out_features != num_classes:
+        body.set_submodule(path, nn.Linear(linear.in_features, num_classes))
+    return body
+
+
+def weights_of(name: str) -> dict[str, Any]:
+    """What a library's weights for a network were trained on: classes (their number), side, mean and std of the images.
+
+    Raises:
+        UserError: it has none, or the name is unknown.
+    """
+    check_name(name, [])
+    library, _, short = name.partition(".")
+    if library == "timm":
+        import timm
+
+        if not (weights := timm.models.get_pretrained_cfg(short)).has_weights:
+            raise UserError(f"{name}: timm has no weights for this network")
+        classes, side, mean, std = weights.num_classes, weights.input_size[-1], weights.mean, weights.std
+    else:
+        weights = torchvision.models.get_model_weights(short).DEFAULT  # each of its networks has some
+        images = weights.transforms()
+        classes, side, mean, std = len(weights.meta["categories"]), images.crop_size[0], images.mean, images.std
+    return {"classes": classes, "side": side, "mean": list(mean), "std": list(std)}
+
+
+def last_linear(network: nn.Module) -> tuple[str, nn.Linear]:
+    """The last linear layer of a network, and its name there."""
+    return [(name, module) for name, module in network.named_modules() if isinstance(module, nn.Linear)][-1]
 
 
 class Foreign(nn.Module):
@@ -111,9 +145,8 @@ class Foreign(nn.Module):
 
     def __init__(self, body: nn.Module):
         super().__init__()
-        path, linear = [(path, module) for path, module in body.named_modules() if isinstance(module, nn.Linear)][-1]
-        parent, _, attribute = path.rpartition(".")
-        setattr(body.get_submodule(parent), attribute, nn.Identity())
+        path, linear = last_linear(body)
+        body.set_submodule(path, nn.Identity())
         if isinstance(getattr(body, "avgpool", None), nn.Module):  # torchvision
             body.avgpool = _Noting(body.avgpool)
         self.body, self.classifier, self.has_map = body, linear, True

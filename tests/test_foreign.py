@@ -1,18 +1,25 @@
 """Networks of timm, of torchvision and of one's own: the contract, training as teacher and as student, names."""
 
+import http.server
+import shutil
 import sys
+import threading
+from urllib.error import URLError
 
 import pytest
+import timm
 import torch
+import torchvision
 from conftest import SHORT, SHORT_STUDENT, contents, end_of, run_script
-from oracle import images
+from oracle import fill, images
+from PIL import Image
 
 import baseline
 import student
 import teacher
 import utils
 from experiments import sweep
-from harness.checkpoint import _arch_in_name, read
+from harness.checkpoint import _arch_in_name, read, teacher_name
 from harness.flags import Fault, UserError
 from methods import METHODS, Outputs
 from models import build, check_name, load
@@ -220,3 +227,176 @@ def test_a_compared_method_runs_between_libraries(tmp_path):
     flags = ["--method", "ft", "--t-path", str(folder), "--s-arch", OF_TORCHVISION, *SHORT, "--first-epoch", "1"]
     baseline.main([*flags, "--experiments", str(tmp_path / "ft")])
     assert list(tmp_path.glob(f"ft/ft_student_{OF_TORCHVISION}_weight*_teacher_{MOBILENET}_seed0/result.json"))
+
+
+# ----------------------------------------------------------------------------------------------- the libraries' weights
+
+WEIGHTS = {  # the names of the files in the libraries' caches
+    OF_TORCHVISION: "mobilenet_v3_small-047dcff4.pth",
+    MOBILENET: "mobilenetv3_small_050_lambc-4b7bbe87.pth",
+}
+
+
+def offline(*_, **__):
+    raise URLError("offline")
+
+
+@pytest.fixture
+def cached(tmp_path, monkeypatch):
+    """Random weights in the libraries' cache, below tmp_path; nothing can be downloaded."""
+    monkeypatch.setattr("timm.models._builder.has_hf_hub", lambda necessary=False: False)  # timm's other server
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("torch.hub.urlopen", offline)
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "cache" / "hub" / "checkpoints"
+    folder.mkdir(parents=True)
+    states = {OF_TORCHVISION: torchvision.models.mobilenet_v3_small(), MOBILENET: timm.create_model(MOBILENET[5:])}
+    states = {name: fill(network).state_dict() for name, network in states.items()}
+    for name, state in states.items():
+        torch.save(state, folder / WEIGHTS[name])
+    return states
+
+
+def assert_equal_but_the_classifier(network, state):
+    own = network.body.state_dict()  # torchvision's pooling has no weights
+    assert own.keys() == {name for name in state if not name.startswith(LAST)}
+    assert all(torch.equal(value, state[name]) for name, value in own.items())
+
+
+LAST = ("classifier.3.", "classifier.weight", "classifier.bias")
+
+
+@pytest.mark.parametrize("arch", WEIGHTS)
+def test_pretrained_starts_from_the_library_s_weights_with_a_new_classifier(arch, cached, tmp_path, monkeypatch):
+    assert_equal_but_the_classifier(build(arch, 100, 32, pretrained=True), cached[arch])
+    same = build(arch, 1000, 32, pretrained=True)
+    assert torch.equal(same.classifier.bias, cached[arch][f"{LAST[0]}bias" if arch == OF_TORCHVISION else LAST[2]])
+    folder = trained(arch, tmp_path / "a", "--pretrained", "--lr", "1e-30", "--weight-decay", "0")
+    assert folder.name == f"teacher_{arch}_pretrained_seed0"
+    found = read(folder)
+    assert found.about["mean"] == pytest.approx([0.485, 0.456, 0.406]) and found.about["classes"] == 100
+    weights = {
+        f"body.{name}": value for name, value in cached[arch].items() if "running" not in name and "tracked" not in name
+    }
+    assert all(torch.equal(found.state[name], weights[name]) for name in weights.keys() & found.state.keys())
+    before = contents(folder)
+    assert trained(arch, tmp_path / "a", "--pretrained", "--lr", "1e-30", "--weight-decay", "0") == folder
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize("arch", [OF_TORCHVISION, pytest.param(MOBILENET, marks=pytest.mark.slow)])
+def test_the_library_s_own_weights_are_a_teacher_of_its_own_classes(arch, cached, tmp_path, fails):
+    found = read(arch)
+    assert_equal_but_the_classifier(found.network(), cached[arch])
+    assert found.about == {"arch": arch, "classes": 1000} | {name: found.about[name] for name in ("mean", "std")}
+    assert teacher_name(found.file) == arch
+    assert "trained on other images, 1000 classes; cifar100 has 100" in fails(
+        student.main, "--t-path", arch, "--s-arch", "resnet8"
+    )
+    for half in ("train", "test"):
+        for label in range(1000):
+            (tmp_path / "data" / half / f"n{label:04}").mkdir(parents=True)
+            Image.new("RGB", (32, 32), (label % 256, label // 4, 0)).save(
+                tmp_path / "data" / half / f"n{label:04}" / "a.png"
+            )
+    words = ["--dataset", "folder", "--few-shot", "1", "--epoch", "1", "--milestones", "1", "--batch-size", "500"]
+    student.main(["--t-path", arch, "--s-arch", "resnet8", *words, "--t-epoch", "1", "--t-milestones", "1"])
+    assert list(tmp_path.glob(f"experiments/sskd_student_resnet8_weight*_seed0_{arch}/result.json"))
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (
+            ["--arch", "resnet8", "--pretrained"],
+            "--pretrained is for --arch timm.NAME or torchvision.NAME, not for resnet8",
+        ),
+        (["--arch", "torchvision.resnet18", "--pretrained"], "torchvision.resnet18 can't be used here"),
+        (["--arch", "torchvision.resnet18", "--pretrained"], "offline"),
+        (["--arch", "timm.resnet18", "--pretrained"], "offline"),
+        (["--arch", "timm.ghostnet_050", "--pretrained"], "timm has no weights for this network"),
+    ],
+)
+def test_weights_that_are_unknown_or_out_of_reach_end_in_one_line(words, says, cached, fails, tmp_path):
+    assert says in fails(teacher.main, *words, *SHORT)
+    assert not (tmp_path / "experiments").exists()
+
+
+def test_a_sweep_s_pretrained_teachers_are_found_and_finished(cached, tmp_path, capsys):
+    flags = ["--pairs", f"{MOBILENET}:{OF_TORCHVISION}", "--methods", "alone", "--", *SHORT, "--pretrained"]
+    jobs = sweep.make_jobs(sweep.parse_args(flags))
+    assert list(jobs)[0] == f"teacher_{MOBILENET}_pretrained_seed0"
+    for job in jobs.values():
+        teacher.main(job.command[1:])
+    assert sweep.results_of(jobs).keys() == jobs.keys()
+
+
+# ----------------------------------------------------------------------------------------------------------- addresses
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """A local web server of tmp_path/web: its address; TORCH_HOME lies in tmp_path, too."""
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *words):
+            super().__init__(*words, directory=str(tmp_path / "web"))
+
+        def log_message(self, *_): ...
+
+        def copyfile(self, source, sink):
+            content = source.read()
+            sink.write(content[: len(content) // 2] if "cut" in self.path else content)
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{running.server_port}"
+        running.shutdown()
+
+
+@pytest.fixture
+def web(tmp_path):
+    """What the server shows: a teacher without a word about its network, the same cut off, and an HTML page."""
+    content = {"model": fill(build("resnet8")).state_dict()}
+    for folder in ("resnet8_vanilla", "cut/resnet8_vanilla", "page/resnet8_vanilla"):
+        (tmp_path / "web" / folder).mkdir(parents=True)
+        torch.save(content, tmp_path / "web" / folder / "ckpt_epoch_240.pth")
+    (tmp_path / "web" / "page" / "resnet8_vanilla" / "ckpt_epoch_240.pth").write_text("<!DOCTYPE html><html></html>")
+    return content["model"]
+
+
+def test_a_teacher_at_an_address_is_fetched_once_and_named_by_its_folder(server, web, tmp_path):
+    address = f"{server}/resnet8_vanilla/ckpt_epoch_240.pth?download=1"
+    student.main(["--t-path", address, *SHORT_STUDENT])
+    (run,) = (tmp_path / "experiments").glob("sskd_student_*_resnet8_vanilla")
+    assert (run / "result.json").exists()
+    shutil.rmtree(tmp_path / "web")
+    found = read(address)  # from the cache
+    assert found.arch == "resnet8" and all(torch.equal(found.state[name], web[name]) for name in web)
+
+
+@pytest.mark.parametrize(
+    ("path", "says"),
+    [
+        ("cut/resnet8_vanilla/ckpt_epoch_240.pth", "damaged or truncated"),
+        ("page/resnet8_vanilla/ckpt_epoch_240.pth", "is an HTML page"),
+        ("resnet8_vanilla/nothing.pth", "could not be fetched: HTTP Error 404"),
+        ("", "names no file"),
+    ],
+)
+def test_what_is_no_whole_checkpoint_at_an_address_ends_in_one_line_and_is_not_kept(
+    path, says, server, web, tmp_path, fails
+):
+    for _ in range(2):
+        line = fails(student.main, "--t-path", f"{server}/{path}", *SHORT_STUDENT)
+        assert says in line and f"{server}/{path}" in line and ".part" not in line
+        assert not [file for file in (tmp_path / "cache").rglob("*") if file.is_file()]
+
+
+def test_an_address_that_nobody_serves_ends_in_one_line(tmp_path, monkeypatch, fails):
+    monkeypatch.setattr("torch.hub.urlopen", offline)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    address = "https://example.org/wrn_40_2_vanilla/ckpt_epoch_240.pth"
+    assert f"{address} could not be fetched: <urlopen error offline>" in fails(teacher.main, "--evaluate", address)
