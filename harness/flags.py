@@ -179,7 +179,8 @@ def add_source(add: Callable) -> None:
 def add_networks(parser: Parser) -> Callable:
     """Adds the flags of teacher and student; returns the function that adds more flags to their group."""
     add = parser.add_argument_group("networks").add_argument
-    add("--t-path", help="the teacher: a run folder of teacher.py, or a checkpoint file")
+    where = "the teacher: a run folder of teacher.py, or a checkpoint's file or address (https://…), or timm.NAME or "
+    add("--t-path", help=f"{where}torchvision.NAME for the weights that the library has")
     add("--t-arch", type=check_name, metavar="NETWORK", help="the teacher's network, if its checkpoint has no name")
     stored = "compute the teacher's features in every step, or compute each view once and keep it: in memory, or on "
     stored += "disk beside the teacher, shared by all its students (50,000 images: 4 GB for 64 features)"
