@@ -147,6 +147,9 @@ class Foreign(nn.Module):
         super().__init__()
         path, linear = last_linear(body)
         body.set_submodule(path, nn.Identity())
+        for conv in body.modules():
+            if type(conv) is nn.Conv2d and conv.kernel_size == (1, 1) != conv.stride and conv.in_channels < 16:
+                conv.__class__ = _Strided
         if isinstance(getattr(body, "avgpool", None), nn.Module):  # torchvision
             body.avgpool = _Noting(body.avgpool)
         self.body, self.classifier, self.has_map = body, linear, True
@@ -162,6 +165,14 @@ class Foreign(nn.Module):
         if not is_feat:
             return logits
         return [last, feature] if self.has_map else [feature], logits
+
+
+class _Strided(nn.Conv2d):
+    """A 1×1 convolution that takes its pixels beforehand: see models/resnet.py (oneDNN's issue 6035)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x[:, :, :: self.stride[0], :: self.stride[1]]
+        return nn.functional.conv2d(x, self.weight, self.bias, 1, self.padding, 1, self.groups)
 
 
 class _Noting(nn.Module):
