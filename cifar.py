@@ -12,6 +12,7 @@ import hashlib
 import math
 from argparse import Namespace
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -235,23 +236,37 @@ class Data(NamedTuple):
     about: dict  # what a checkpoint says of its data: see harness/checkpoint.py
 
 
+def _some(source: Source, args: Namespace, device: torch.device | str, split: Split, rows: Tensor) -> Images:
+    chosen = Split(split.pixels[rows], split.labels[rows])
+    return Images(chosen, (source.mean, source.std), device, args.batch_size, args.seed, rows)
+
+
+def _check_size(source: Source, count: int, size: int | None, which: str) -> None:
+    if size is not None and size > count:
+        raise UserError(f"--{which}-size {size}: {source.name} has {count} such images; choose 1 to {count}")
+
+
+def test_images(source: Source, args: Namespace, device: torch.device | str) -> Images:
+    """The test images that the flags ask for: test_size.
+
+    Raises:
+        UserError: there are fewer images than asked for.
+    """
+    _check_size(source, len(source.test.labels), args.test_size, "test")
+    return _some(source, args, device, source.test, sample(source.test.labels, args.test_size))
+
+
 def load(source: Source, args: Namespace, device: torch.device | str) -> Data:
     """The images that the flags ask for: train_size, test_size, val_fraction, few_shot, label_noise.
 
     Raises:
         UserError: there are fewer images than asked for.
     """
-    for split, size, flag in ((source.train, args.train_size, "train"), (source.test, args.test_size, "test")):
-        count = len(split.labels)
-        if size is not None and size > count:
-            raise UserError(f"--{flag}-size {size}: {source.name} has {count} such images; choose 1 to {count}")
 
-    def images(split: Split, rows: Tensor) -> Images:
-        chosen = Split(split.pixels[rows], split.labels[rows])
-        return Images(chosen, (source.mean, source.std), device, args.batch_size, args.seed, rows)
-
+    images = partial(_some, source, args, device)
+    _check_size(source, len(source.train.labels), args.train_size, "train")
     rows, about = sample(source.train.labels, args.train_size), dict(source.about)
-    val = test = images(source.test, sample(source.test.labels, args.test_size))
+    val = test = test_images(source, args, device)
     if source.val is not None:
         if args.val_fraction is not None:
             raise UserError("--val-fraction: the best epoch is chosen on the images in val/; leave the flag out")
@@ -271,7 +286,7 @@ def load(source: Source, args: Namespace, device: torch.device | str) -> Data:
     if args.label_noise > 0:
         noisy = label_noise(source.train.labels[rows], args.label_noise, len(source.classes), args.seed)
         train.labels = noisy.to(device)
-    if args.batch_size > len(train) > 0:
+    if args.batch_size > len(train):
         more = f"--batch-size {args.batch_size} is more than the {len(train)} training images"
         warn(f"{more}: an epoch is one step")
     return Data(train, val, test, about | {"tested": len(val)})

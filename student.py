@@ -18,13 +18,13 @@ from torch import Tensor, nn
 
 import cifar
 import utils
-from harness import checkpoint, flags, sources
+from harness import checkpoint, flags
 from harness.checkpoint import teacher_name
 from harness.export import export
 from harness.record import Run, entry
 from losses import VIEWS, SSKDTerms, positives, similarity_matrix, split_views, ss_head_loss, sskd_terms
 from models import build, folder_name
-from teacher_store import Features, SSHeadFile, features, fingerprint, load_teacher, report_teacher
+from teacher_store import Features, SSHeadFile, features, read_teacher, report_teacher
 from wrapper import Wrapper, frozen
 
 
@@ -77,10 +77,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def train(args: Namespace) -> Path:
     """Steps 2 and 3, or what a stopped run left of them; returns the run's folder."""
-    found = load_teacher(args.t_path, args.t_arch)
-    source = sources.read_for(args, found.about, found.file)
-    network = found.network(len(source.classes), source.side)
-    identity = source.identity | {"teacher": fingerprint(network)}
+    found, source, network, identity = read_teacher(args)
     run = Run(run_folder(args, teacher_name(found.file)), flags.settings(args, identity))
     if run.finished():
         return run.folder

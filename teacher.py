@@ -19,14 +19,14 @@ import cifar
 import utils
 from harness import checkpoint, flags, sources
 from harness.record import Run, entry
-from models import LIBRARIES, build, check_name, folder_name, model_dict
+from models import LIBRARIES, build, folder_name, model_dict, weights_of
 from wrapper import check_network
 
 
 def parse_args(argv: list[str] | None) -> Namespace:
     parser = flags.make_parser("Trains a teacher on CIFAR-100 with cross-entropy.")
     known = ", ".join(model_dict)
-    parser.add_argument("--arch", type=check_name, metavar="NETWORK", help=f"one of {known}; {flags.OTHER_NETWORKS}")
+    parser.add_argument("--arch", type=flags.network, metavar="NETWORK", help=f"one of {known}; {flags.OTHER_NETWORKS}")
     start = "start from the weights that timm or torchvision have for the network, with images normalised as for these "
     start += "weights; a lower --lr than the default, such as 0.01, is usual"
     parser.add_argument("--pretrained", action="store_const", const=True, help=start)
@@ -50,7 +50,8 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def train(args: Namespace) -> None:
-    source = sources.read_for(args, normalisation(args))
+    trained_on = weights_of(args.arch) if args.pretrained else {}
+    source = sources.read_for(args, {name: trained_on[name] for name in ("mean", "std") if name in trained_on})
     run = Run(run_folder(args), flags.settings(args, source.identity))
     if run.finished():
         return
@@ -92,15 +93,6 @@ def run_folder(args: Namespace) -> Path:
     return Path(args.experiments) / f"teacher_{folder_name(args.arch)}{start}{flags.data_name(args)}_seed{args.seed}"
 
 
-def normalisation(args: Namespace) -> dict[str, list[float]]:
-    """Mean and deviation of the images that `--pretrained` weights were trained on; without it, nothing."""
-    if not args.pretrained:
-        return {}
-    from models.foreign import weights_of  # which imports the library
-
-    return {name: value for name, value in weights_of(args.arch).items() if name in ("mean", "std")}
-
-
 def make_loss(model: nn.Module, autocast: Callable) -> Callable:
     """Cross-entropy as a function that traces to one graph: batch → loss, what to log."""
 
@@ -119,7 +111,7 @@ def evaluate(args: Namespace) -> None:
     source = sources.read_for(args, found.about, found.file, train=False)
     model = found.network(len(source.classes), source.side)
     device = utils.pick_device(args.gpu_id)
-    images = cifar.load(source, args, device).test
+    images = cifar.test_images(source, args, device)
     model.to(device, memory_format=cifar.LAYOUT)
     test = utils.evaluate(model, images, utils.precision(args.amp, device))
     top5 = "" if test.acc_top5 is None else f", top-5 {test.acc_top5:.2f} %,"

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental import optimization
 
-from models.contract import check_contract
+from models.foreign import check_contract, refusing
 
 
 class Output(NamedTuple):
@@ -84,8 +84,8 @@ def frozen(backbone: nn.Module, maps: bool = True, preact: bool = False) -> nn.M
     """A copy of a backbone for fast inference: images → (features, logits), equal up to rounding.
 
     A batch norm that follows a convolution becomes part of it, but not if the convolution's output is also a returned
-    feature; without `maps` fewer are returned, so more are folded. A backbone that torch.fx can't trace, or that uses a
-    layer twice, stays as it is, and a line says so.
+    feature; without `maps` fewer are returned, so more are folded. A backbone that torch.fx can't trace, that uses a
+    layer twice or has hooks stays as it is, and a line says so.
     """
     network = _Answer(backbone, maps, preact).eval()
     try:
@@ -94,6 +94,8 @@ def frozen(backbone: nn.Module, maps: bool = True, preact: bool = False) -> nn.M
         layers = [layer for layer in layers if isinstance(layer, nn.Conv2d | nn.BatchNorm2d)]
         if len(set(layers)) < len(layers):
             raise ValueError("it uses a layer twice")
+        if any(layer._forward_hooks or layer._forward_pre_hooks for layer in backbone.modules()):
+            raise ValueError("it has hooks")
         network = optimization.fuse(traced, no_trace=True)
     except Exception as error:  # the network's own code meets a symbol in place of a tensor
         reason = " ".join(str(error).split()) or type(error).__name__
@@ -109,7 +111,8 @@ def check_network(network: nn.Module, arch: str, classes: int, side: int) -> Non
     Leaves it in eval mode, otherwise as it was.
 
     Raises:
-        UserError: logits, features or classifier are not as `Wrapper` needs them.
+        NetworkError: logits, features or classifier are not as `Wrapper` needs them.
     """
-    check_contract(network, arch, classes, side)
-    frozen(network)
+    with refusing(f"{arch} fails on two images, with is_feat=True or without"):
+        check_contract(network, classes, side)
+        frozen(network)(torch.zeros(2, 3, side, side))  # as a teacher it has to run without gradients, too

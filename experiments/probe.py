@@ -62,7 +62,7 @@ def fit(x: Tensor, labels: Tensor, classes: int, decay: float) -> nn.Linear:
 def probe(found: checkpoint.Checkpoint, source: sources.Source, decay: float, device: torch.device) -> float:
     """Test accuracy (%) of the linear classifier on a network's frozen features of `source`."""
     # of what the network says of its own data, its classes do not matter
-    own = {name: found.about[name] for name in ("side", "mean", "std") if name in found.about}
+    own = {name: found.about[name] for name in ("dataset", "side", "mean", "std") if name in found.about}
     seen, network = source.seen_by(own, found.file), found.network()
     train, test = (cifar.Images(split, (seen.mean, seen.std), device) for split in (seen.train, seen.test))
     (_, x), (_, test_x) = (outputs(network, images) for images in (train, test))
@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> None:
     device = utils.pick_device(args.gpu_id)
     of_side = {}  # the images, by the side that networks were trained with
     for path, found in zip(args.networks, checkpoints, strict=True):
-        side = found.about.get("side")
+        side = found.about.get("side") if args.dataset == "folder" else None
         if side not in of_side:
             source = sources.read_for(args, {} if side is None else {"side": side})
             train, test = first(source.train, args.train_size), first(source.test, args.test_size)

@@ -36,20 +36,22 @@ import baseline
 import student
 import teacher
 from harness.checkpoint import find_checkpoint, teacher_name
-from harness.flags import LOW_RATE, Parser, UserError, number, settings
+from harness.flags import LOW_RATE, Parser, UserError, data_name, number, settings
 from harness.record import Run, Stopped, entry
 from harness.sources import read_for
 from methods import METHODS
 from models import folder_name, is_own
-from teacher_store import fingerprint, load_teacher
+from teacher_store import read_teacher
 
 SCRIPTS = {"teacher.py": teacher.parse_args, "student.py": student.parse_args, "baseline.py": baseline.parse_args}
 NO_TF = {"--tf-weight": ["0"], "--tf-T": None, "--ratio-tf": None}
 NO_SS = {"--ss-weight": ["0"], "--ss-T": None, "--ratio-ss": None}
 # flags that can't be the same for all runs
 OF_ONE_RUN = {"--seed", "--method", "--experiments", "--arch", "--s-arch", "--t-path", "--gpu-id", "--export"}
+OF_ONE_RUN |= {"--pretrained"}
 
-OF_DATA = "dataset", "data_root", "data_url", "side", "train_size", "test_size"  # the flags that `read_for` reads
+# the flags on which data and teacher depend
+OF_DATA = "dataset", "data_root", "data_url", "side", "train_size", "test_size", "t_path", "t_arch"
 
 REPORT = 60  # seconds between two reports of progress
 RETRIES = 20  # how often Ray restarts a run whose worker or node died
@@ -109,7 +111,8 @@ def parse_args(argv: list[str] | None) -> Namespace:
     if args.part == "teachers":
         args.methods = [method for method in args.methods if method == "alone"]
     published = [pair for name in chosen for pair in tables[name]["pairs"]]
-    args.pairs = [pair_of(words) for words in args.pairs] if args.pairs else published
+    # split at the colon between the networks, not at that of FILE.py:CLASS; the student is "" if there is none
+    args.pairs = [[*re.split(r"(?<!\.py):", pair, maxsplit=1), ""][:2] for pair in args.pairs or ()] or published
     # Here every value is a list of words; the scripts check them in `commands`.
     scripts = Parser("All flags of the scripts; their own --help explains them")
     for flag in sorted(set().union(*(flags_of(known_methods()[method][0]) for method in ("teacher", *args.methods)))):
@@ -124,12 +127,6 @@ def parse_args(argv: list[str] | None) -> Namespace:
     if "--val-fraction" in args.flags and args.teacher_seed is not None and set(args.seeds) != {args.teacher_seed}:
         parser.error("--val-fraction: students of other seeds hold out other images than --teacher-seed's teacher")
     return args
-
-
-def pair_of(words: str) -> tuple[str, str]:
-    """TEACHER:STUDENT, each of which may be FILE.py:CLASS; the student is "" if there is none."""
-    found = re.fullmatch(r"(.+?(?:\.py:\w+)?):(.+)", words)
-    return found.groups() if found else (words, "")
 
 
 @functools.cache
@@ -155,7 +152,7 @@ def make_jobs(args: Namespace) -> dict[str, Job]:
             name, networks, seed = path.name, ["--arch", t_arch], t_seed
         elif method != "alone":
             name, networks, needed = f"{name}_{path.name}", ["--t-path", str(path), "--s-arch", s_arch], path.name
-            networks = (["--t-arch", t_arch] if is_own(t_arch) else []) + networks  # code must be named
+            networks = ["--t-arch", t_arch, *networks] if is_own(t_arch) else networks
         for folder, command in commands(args, method, networks, seed):
             full = f"{folder}_{name}" if folder else name
             jobs[full] = Job(command, args.experiments / "logs" / f"{full}.log", needed)
@@ -164,13 +161,13 @@ def make_jobs(args: Namespace) -> dict[str, Job]:
 
 def teacher_folder(args: Namespace, arch: str, seed: int) -> Path:
     """The folder of a teacher: the one that its run makes or, in `--teachers`, one with another usual name."""
-    given = {flag: args.flags[flag] for flag in ("--val-fraction", "--pretrained") if flag in args.flags}
-    words = [word for flag, values in given.items() for word in (flag, *values)]
-    names = [teacher.run_folder(teacher.parse_args(["--arch", arch, "--seed", str(seed), *words])).name]
+    fraction = args.flags.get("--val-fraction")
+    held_out = data_name(teacher.parse_args(["--arch", arch, "--val-fraction", *fraction])) if fraction else ""
+    arch = folder_name(arch)
+    names = [f"teacher_{arch}{held_out}_seed{seed}"]
     if not args.teachers:
         return args.experiments / names[0]
-    arch = folder_name(arch)
-    names += [] if given else [f"{arch}_seed{seed}", f"teacher_{arch}", f"{arch}_vanilla", arch]
+    names += [] if held_out else [f"{arch}_seed{seed}", f"teacher_{arch}", f"{arch}_vanilla", arch]
     if found := [args.teachers / name for name in names if (args.teachers / name).is_dir()]:
         return found[0]
     raise UserError(f"--teachers {args.teachers}: none of the folders {', '.join(names)} is there")
@@ -224,14 +221,12 @@ def result_of(script: str, *words: str) -> str | None:
         folder = module.run_folder(args, teacher_name(find_checkpoint(args.t_path)))
     if not (folder / "result.json").exists():
         return None
-    pretrained = args.arch if getattr(args, "pretrained", None) else None
-    of_data = tuple((name, getattr(args, name)) for name in OF_DATA)
-    identity = identity_of(of_data, getattr(args, "t_path", None), getattr(args, "t_arch", None), pretrained)
+    identity = identity_of(tuple((name, getattr(args, name, None)) for name in OF_DATA))
     return Run(folder, settings(args, identity)).result
 
 
 @functools.cache
-def identity_of(of_data: tuple, t_path: str | None, t_arch: str | None, pretrained: str | None) -> dict[str, Any]:
+def identity_of(of_data: tuple[tuple[str, Any], ...]) -> dict[str, Any]:
     """What a run records of its data and its teacher; nothing if they can't be read here."""
     args = Namespace(**dict(of_data))
     with (
@@ -239,11 +234,7 @@ def identity_of(of_data: tuple, t_path: str | None, t_arch: str | None, pretrain
         contextlib.redirect_stdout(None),  # what a run says of its data
         contextlib.redirect_stderr(None),
     ):
-        if t_path is None:
-            return read_for(args, teacher.normalisation(Namespace(arch=pretrained, pretrained=pretrained))).identity
-        found = load_teacher(t_path, t_arch)
-        source = read_for(args, found.about, found.file)
-        return source.identity | {"teacher": fingerprint(found.network(len(source.classes), source.side))}
+        return read_for(args, about={}).identity if args.t_path is None else read_teacher(args)[-1]
     return {}
 
 

@@ -70,11 +70,13 @@ class Checkpoint(NamedTuple):
 
         Raises:
             UserError: the weights don't fit, or are not finite.
+            NetworkError: as `models.build` says.
         """
         classes = self.about.get("classes", 100) if num_classes is None else num_classes
         with torch.random.fork_rng(devices=[]):
             network = build(self.arch, classes, side or self.about.get("side", 32))
         own, children = network.state_dict().keys(), dict(network.named_children())
+        parameters = dict(network.named_parameters())
         weights = self._unwrapped(first=next(iter(own)))
         if self.arch == "MobileNetV2":  # RepDistiller's classifier is a Sequential
             weights = {name.replace("classifier.0.", "classifier."): tensor for name, tensor in weights.items()}
@@ -93,7 +95,8 @@ class Checkpoint(NamedTuple):
             listed = textwrap.shorten(", ".join(foreign), 100, placeholder=" …")
             print(f"{self.file}: left out what is no part of {self.arch}: {listed}", flush=True)
         for name, tensor in network.state_dict().items():
-            if not tensor.isfinite().all():
+            # a buffer may hold -inf on purpose, as a mask does
+            if tensor.isnan().any() or (name in parameters and not tensor.isfinite().all()):
                 raise UserError(f"{self.file}: '{name}' is not finite: the training diverged; give another checkpoint")
         return network
 
@@ -140,9 +143,8 @@ def read(path: str | Path, arch: str | None = None) -> Checkpoint:
 def find_checkpoint(path: str | Path) -> Path:
     """The checkpoint at `path`: the file itself; in a folder, the one with 'best' in its name, else the only one.
 
-    An address is fetched, and so are the weights of a library's network: see `harness.fetch`.
-
     A folder is searched before its `ckpt/`. The shortest name comes first, then the first in alphabetical order.
+    An address or a library's weights are fetched first, see `harness.fetch`.
 
     Raises:
         UserError: there is none, or there are several and none is called best.
@@ -152,7 +154,8 @@ def find_checkpoint(path: str | Path) -> Path:
     if path.is_file():
         return path
     if not path.is_dir():
-        train = f"python teacher.py --arch {_arch_in_name(path.name) or 'NETWORK'}"
+        arch = next(filter(None, map(_arch_in_name, reversed(path.parts))), "NETWORK")
+        train = f"python teacher.py --arch {arch}"
         raise UserError(f"{path}: no such file or folder; give a run folder or a checkpoint file, or train it: {train}")
     found = []
     for folder in filter(Path.is_dir, (path, path / "ckpt")):
@@ -200,8 +203,10 @@ def _load(file: Path) -> dict:
             r"(?:GLOBAL |got <class ')([^\s']+)", str(error)
         )
         reason = "is not a PyTorch checkpoint, or is damaged or truncated; download or save it again"
-        if kind := _kind_of_archive(data) or kind_of(data) or ("an ONNX file" if file.suffix == ".onnx" else None):
+        if kind := _kind_of_archive(data) or kind_of(data):
             reason = f"is {kind}; give a checkpoint, such as a run's folder"
+        elif "Unsupported operand" in str(error):
+            reason = "was saved with another pickle protocol, which can't be read safely; leave torch.save its own"
         elif refused:
             plainly = "save the state dict alone: torch.save(network.state_dict(), FILE)"
             reason = f"holds a Python object ({refused[1]}), which could run code; {plainly}"
@@ -239,23 +244,17 @@ def _choose_arch(file: Path, told: object, arch: str | None) -> str:
     """The network's name: `told` by the checkpoint, else `arch`, else from the name of the file or folder."""
     known = ", ".join(model_dict)
     if arch is not None:
-        try:
-            check_name(arch)
-        except UserError as error:
-            raise UserError(f"{file}: {error}") from None
-    if isinstance(told, str) and is_own(told):  # a file must not run code that its user does not name
-        if arch is None:
-            flags = f"--t-arch {told} (--s-arch beside --s-path, --arch in teacher.py)"
-            raise UserError(
-                f"{file}: its network is the class {told}, which runs only if you name it, too: give {flags}"
-            )
-        told = arch
+        check_name(arch)
+    elif isinstance(told, str) and is_own(told):  # a file must not run code that its user does not name
+        flags = f"--t-arch {told} (--s-arch beside --s-path, --arch in teacher.py)"
+        raise UserError(f"{file}: its network is the class {told}, which runs only if you name it, too: give {flags}")
     folder = run_folder_of(file).name
     if file.name == "teacher.pth" and "_student_" in folder:  # a student's folder ends with its teacher's
         folder = re.sub(r".*?_seed\d+_", "", folder, count=1)
     words = {"the checkpoint says": told, "the flag says": arch}
     words["its name says"] = _arch_in_name(file.name) or _arch_in_name(folder)
-    words = {says: word for says, word in words.items() if isinstance(word, str) and (word == arch or _names_one(word))}
+    words = {says: word for says, word in words.items() if isinstance(word, str)}
+    words = {says: word for says, word in words.items() if word in (*model_dict, arch) or word.startswith(LIBRARIES)}
     if not words:
         own = f"its key 'arch' says '{told}', which is unknown here" if told else "it has no key 'arch'"
         raise UserError(
@@ -269,11 +268,6 @@ def _choose_arch(file: Path, told: object, arch: str | None) -> str:
     return chosen
 
 
-def _names_one(word: str) -> bool:
-    """Whether a word is a network's name. Raises UserError if it is a library's that is unknown or not installed."""
-    return word in model_dict or (word.startswith(LIBRARIES) and bool(check_name(word)))
-
-
 def _arch_in_name(name: str) -> str | None:
     """The network in the name of a file or folder.
 
@@ -282,10 +276,6 @@ def _arch_in_name(name: str) -> str | None:
     """
     name = re.sub(r"^([a-z]+_student_|teacher_|cifar100?_)", "", name.rpartition(",")[2])
     name = _SHORT.get(name, re.sub(r"^res(?=\d)", "resnet", name))
-    if name.startswith(LIBRARIES):
-        from models.foreign import name_in  # which imports the library
-
-        return name_in(name)
     fitting = [arch for arch in model_dict if re.match(re.escape(arch) + r"(?![A-Za-z0-9])", name)]
     return max(fitting, key=len, default=None)
 

@@ -1,57 +1,49 @@
-"""Checkpoints that are no files yet: web addresses, and the libraries' own weights. torch.hub's folder keeps both.
+"""Checkpoints that are no files yet: an address, or a library's own weights. torch.hub's folder keeps both.
 
 --t-path https://…/wrn_40_2_vanilla/ckpt_epoch_240.pth
 --t-path timm.resnet18
 """
 
 import http.client
-import os
 import sys
 from collections.abc import Callable
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import torch
 
 from harness.files import digest, save
 from harness.flags import UserError
-from models import LIBRARIES, build
+from models import LIBRARIES, build, weights_of
 
 
 def local(path: str, check: Callable[[Path], object]) -> Path:
-    """`path` itself or, if nothing lies there and it is an address or a library's network, the file fetched for it.
+    """`path` itself or, if it is an address or a library's network, the file that keeps what is fetched for it.
 
     `check` raises UserError if a file is no checkpoint; such a file is not kept.
     """
-    if not os.path.exists(path):
-        if path.startswith(("https://", "http://")):
-            return _download(path, check)
-        if path.startswith(LIBRARIES):
-            return _weights(path)
+    if path.startswith(("https://", "http://")):
+        return _download(path, check)
+    if path.startswith(LIBRARIES) and not Path(path).exists():
+        return _weights(path)
     return Path(path)
 
 
 def _download(url: str, check: Callable[[Path], object]) -> Path:
     """The file at an address, under the names of its last folders."""
-    names = [name for name in PurePosixPath(unquote(urlsplit(url).path)).parts if name not in ("/", "..")]
-    if not names:
-        raise UserError(f"{url}: names no file")
+    names = [name for name in unquote(urlsplit(url).path).split("/") if name not in ("", "..")]
     file = Path(torch.hub.get_dir(), "sskd", digest(url), *names[-3:])
-    if file.exists():
-        return file
-    print(f"fetching {url}, to be kept as {file}", flush=True)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f".{os.getpid()}.part")
-    try:
-        torch.hub.download_url_to_file(url, str(part), progress=bool(sys.stderr and sys.stderr.isatty()))
-        check(part)
-        os.replace(part, file)
-    except UserError as error:
-        raise UserError(str(error).replace(str(part), url)) from None
-    except (OSError, ValueError, http.client.HTTPException) as error:  # URLError is an OSError
-        raise UserError(f"{url} could not be fetched: {error or type(error).__name__}") from None
-    finally:
-        part.unlink(missing_ok=True)
+    if not file.is_file():
+        print(f"fetching {url}, to be kept as {file}", flush=True)
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, str(file), progress=bool(sys.stderr and sys.stderr.isatty()))
+            check(file)
+        except UserError as error:
+            file.unlink()
+            raise UserError(f"{url}: {error}") from None
+        except (OSError, ValueError, http.client.HTTPException) as error:  # URLError is an OSError
+            raise UserError(f"{url} could not be fetched: {error or type(error).__name__}") from None
     return file
 
 
@@ -59,8 +51,6 @@ def _weights(name: str) -> Path:
     """The weights that a library has for a network, as a checkpoint of this repository."""
     file = Path(torch.hub.get_dir(), "sskd", name, "pretrained.pth")
     if not file.exists():
-        from models.foreign import weights_of  # which imports the library
-
         about = weights_of(name)
         network = build(name, about["classes"], about.pop("side"), pretrained=True)  # convolutions take any side
         file.parent.mkdir(parents=True, exist_ok=True)

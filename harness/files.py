@@ -83,7 +83,16 @@ def kind_of(content: bytes) -> str | None:
     start = content[:1024].lstrip(b"\xef\xbb\xbf \r\n\t").lower()
     if not content:
         return "an empty file"
-    return next((kind for first, kind in KINDS.items() if start.startswith(first)), None)
+    if kind := next((kind for first, kind in KINDS.items() if start.startswith(first)), None):
+        return kind
+    if content[257:262] == b"ustar":
+        return "a tar archive: unpack it"
+    if content[:1] == b"\x08" and (b"pytorch" in start or b"onnx" in start):
+        return "an ONNX file"
+    with contextlib.suppress(UnicodeDecodeError):
+        if all(letter.isprintable() or letter.isspace() for letter in content[:1024].decode()):
+            return "a text file"
+    return None
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
-from models import check_name, model_dict
+from models import NetworkError, check_name, model_dict
 
 DATASETS = ("cifar100", "cifar10", "synthetic", "folder")
 SIDES = (32, 64)
@@ -39,11 +39,6 @@ def warn(text: str) -> None:
     print(f"warning: {' '.join(text.split())}", file=sys.stderr, flush=True)
 
 
-def silent() -> bool | None:
-    """tqdm's `disable`: True without stderr, else None, which silences a bar unless stderr is a terminal."""
-    return True if sys.stderr is None else None
-
-
 # -------------------------------------------------------------------------------------------------------------- parser
 
 
@@ -61,6 +56,13 @@ _HINTS = {  # flags of other repositories, and what does the same here
 }
 
 
+def _expanded(value: Any) -> Any:
+    """The same text, path or list with ~ expanded."""
+    if isinstance(value, list):
+        return [_expanded(x) for x in value]
+    return type(value)(os.path.expanduser(value)) if isinstance(value, str | Path) else value
+
+
 class Parser(argparse.ArgumentParser):
     """An argparse parser that raises UserError on a wrong flag, shows defaults in its help and expands ~ in paths."""
 
@@ -70,15 +72,13 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, *given: Any) -> tuple[argparse.Namespace, list[str]]:
         args, rest = super().parse_known_args(*given)
         for name, value in vars(args).items():  # the shell leaves the ~ of --flag=~/path as it is
-            if isinstance(value, str):
-                setattr(args, name, os.path.expanduser(value))
-            elif isinstance(value, list):
-                setattr(args, name, [os.path.expanduser(x) if isinstance(x, str) else x for x in value])
+            if isinstance(value, str | Path | list):
+                setattr(args, name, _expanded(value))
         return args, rest
 
     def error(self, message: str) -> NoReturn:
         for words, hint in _HINTS.items():
-            if words in message:
+            if words in message.lower():
                 raise UserError(f"{message}: {hint}")
         if wrong := re.search(r"(?:unrecognized arguments: |invalid choice: ')([^\s'=]+)", message):
             known = [word for action in self._actions for word in (*action.option_strings, *(action.choices or ()))]
@@ -108,11 +108,19 @@ def number(kind: type, low: float, high: float = 10**9, above: bool = False) -> 
         if not low <= value <= high or (above and value == low):
             what = "a whole number" if kind is int else "a number"
             bound = f"above {low}" if above else f"of at least {low}"
-            hint = "; separate numbers by spaces" if "," in text else ""
+            hint = "; separate numbers by spaces" if "," in text and kind is int else ""
             raise argparse.ArgumentTypeError(f"{text!r} is not {what} {bound} and at most {high}{hint}")
         return value
 
     return parse
+
+
+def network(name: str) -> str:
+    """An argparse type: the name of a network that `models.build` knows."""
+    try:
+        return check_name(name)
+    except NetworkError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 # --------------------------------------------------------------------------------------------------- the shared flags
@@ -181,12 +189,12 @@ def add_networks(parser: Parser) -> Callable:
     add = parser.add_argument_group("networks").add_argument
     where = "the teacher: a run folder of teacher.py, or a checkpoint's file or address (https://…), or timm.NAME or "
     add("--t-path", help=f"{where}torchvision.NAME for the weights that the library has")
-    add("--t-arch", type=check_name, metavar="NETWORK", help="the teacher's network, if its checkpoint has no name")
+    add("--t-arch", type=network, metavar="NETWORK", help="the teacher's network, if its checkpoint has no name")
     stored = "compute the teacher's features in every step, or compute each view once and keep it: in memory, or on "
     stored += "disk beside the teacher, shared by all its students (50,000 images: 4 GB for 64 features)"
     add("--t-features", choices=["compute", "memory", "disk"], default="compute", help=stored)
     known = f"{', '.join(model_dict)}; {OTHER_NETWORKS}"
-    add("--s-arch", type=check_name, metavar="NETWORK", help=f"the student's network: {known}")
+    add("--s-arch", type=network, metavar="NETWORK", help=f"the student's network: {known}")
     add("--export", metavar="FILE", help="export the student, for pixels in [0, 1]: .pt2 (torch.export) or .onnx")
     return add
 

@@ -20,15 +20,20 @@ from harness.files import kind_of
 from harness.flags import UserError
 from harness.progress import Progress
 
-SYSTEM = {"@eaDir", "#recycle", "#snapshot", "__MACOSX", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
-SYSTEM |= {"Thumbs.db", "desktop.ini", "Icon\r"}
+SYSTEM = {  # what operating systems and storage servers put between files, in lower case
+    *("@eadir", "#recycle", "#snapshot", "@recycle", "@recently-snapshot", "@tmp", "@synoresource", "~snapshot"),
+    *("__macosx", "$recycle.bin", "recycler", "system volume information", "found.000", "lost+found", "__pycache__"),
+    *("network trash folder", "temporary items", "thumbs.db", "desktop.ini", "icon\r"),
+}
+VAL = ("val", "valid", "validation", "dev")  # usual names of the images that choose the best epoch
 PNG = b"\x89PNG\r\n\x1a\n"  # its first bytes
 IDENTIFIED_ONLY = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}  # Pillow knows these formats, but can't read their pixels
 
 
 def suffixes() -> set[str]:
     """The suffixes, in lower case, of all formats that Pillow reads."""
-    return {end for end, name in Image.registered_extensions().items() if name in Image.OPEN.keys() - IDENTIFIED_ONLY}
+    read = Image.OPEN.keys() - IDENTIFIED_ONLY | {"MPO"}  # Pillow opens MPO as JPEG
+    return {end for end, name in Image.registered_extensions().items() if name in read}
 
 
 # ------------------------------------------------------------------------------------------------------- which files
@@ -47,10 +52,17 @@ def visible(folder: Path) -> list[Path]:
     Raises:
         UserError: a link leads nowhere; names it.
     """
-    found = sorted(path for path in folder.iterdir() if not path.name.startswith(".") and path.name not in SYSTEM)
-    if broken := [path for path in found if not path.exists()]:
-        raise UserError(f"{broken[0]} is a link to {os.readlink(broken[0])}, which does not exist: mend or remove it")
+    paths = sorted(folder.iterdir())
+    found = [path for path in paths if not path.name.startswith(".") and path.name.casefold() not in SYSTEM]
+    for path in found:
+        refuse_broken_link(path)
     return found
+
+
+def refuse_broken_link(path: Path) -> None:
+    """Raises UserError if `path` is a link that leads nowhere."""
+    if path.is_symlink() and not path.exists():
+        raise UserError(f"{path} is a link to {os.readlink(path)}, which does not exist: mend or remove it")
 
 
 def files_below(folder: Path, above: tuple = ()) -> Iterator[Path]:
@@ -61,7 +73,8 @@ def files_below(folder: Path, above: tuple = ()) -> Iterator[Path]:
     """
     place = os.stat(folder)
     if (place.st_dev, place.st_ino) in above:
-        raise UserError(f"{folder} is a link to a folder that contains it: remove it")
+        link = next((path for path in (folder, *folder.parents) if path.is_symlink()), folder)
+        raise UserError(f"{link} is a link to a folder that contains it: remove it")
     for path in visible(folder):
         if path.is_dir():
             yield from files_below(path, (*above, (place.st_dev, place.st_ino)))
@@ -83,22 +96,6 @@ def class_files(folder: Path) -> Folder:
     return Folder(dict(sorted(classes.items())), ignored)
 
 
-def tiny_imagenet_val(folder: Path) -> Folder:
-    """The same for Tiny-ImageNet's val/, whose file val_annotations.txt gives the class of each file.
-
-    Raises:
-        UserError: the file does not, or names an image that is not there.
-    """
-    listed, classes = folder / "val_annotations.txt", {}
-    for number, line in enumerate(listed.read_text(errors="replace").splitlines(), 1):
-        name, _, rest = line.partition("\t")
-        places = [place / name for place in (folder / "images", folder) if name and (place / name).is_file()]
-        if not places or not rest:
-            raise UserError(f"{listed}, line {number}: needs the name of an image in val/images/, a tab and its class")
-        classes.setdefault(rest.split("\t")[0], []).append(places[0])
-    return Folder({name: sorted(files) for name, files in sorted(classes.items())}, Counter({".txt": 1}))
-
-
 # ---------------------------------------------------------------------------------------------------------- which split
 
 
@@ -115,15 +112,19 @@ def splits(root: Path, train: bool = True, known: Sequence[str] = ()) -> dict[st
         UserError: a split is missing, a class has no image, or the splits have other classes.
     """
     layout = f"--data-root {root} needs train/CLASS/ and test/CLASS/ (or val/CLASS/) with images"
-    folders = {name: root / name for name in ("train", "test", "val")[0 if train else 1 :] if (root / name).is_dir()}
+    folders = {name: root / name for name in ("train", "test") if train or name == "test"}
+    folders["val"] = next((root / name for name in VAL if (root / name).is_dir()), root / "val")
+    for folder in folders.values():
+        refuse_broken_link(folder)
+    folders = {name: folder for name, folder in folders.items() if folder.is_dir()}
     found = {name: read_split(folder) for name, folder in folders.items()}
     if train and "train" not in found:
         raise UserError(f"{root / 'train'}: no such folder; {layout}")
     known = set(found["train"].classes if train else known)
 
-    def labelled(name: str) -> bool:
-        classes = found[name].classes if name in found else {}
-        return any(classes.values()) and (not known or not known.isdisjoint(classes))
+    def labelled(name: str) -> bool:  # images of no class often lie in one folder, of whatever name
+        classes = [place for place, files in found[name].classes.items() if files] if name in found else []
+        return len(classes) > 1 or not known.isdisjoint(classes)
 
     if labelled("val") and not labelled("test"):
         if "test" in found:
@@ -132,8 +133,8 @@ def splits(root: Path, train: bool = True, known: Sequence[str] = ()) -> dict[st
     elif not train or not labelled("val"):
         found.pop("val", None)
     if "test" not in found:
-        lacking = "has no classes" if "val" in folders else "is missing, too"
-        raise UserError(f"{root / 'test'}: no such folder, and val/ {lacking}; {layout}")
+        lacking = f"{folders['val']} has no classes" if "val" in folders else "val/ is missing, too"
+        raise UserError(f"{root / 'test'}: no such folder, and {lacking}; {layout}")
 
     for name, split in found.items():
         if empty := [place for place, files in split.classes.items() if not files]:
@@ -149,22 +150,32 @@ def splits(root: Path, train: bool = True, known: Sequence[str] = ()) -> dict[st
 
 
 def read_split(folder: Path) -> Folder:
-    """`class_files`, or Tiny-ImageNet's val/, whose file val_annotations.txt gives the class of each image.
+    """`class_files` or, if there are none, Tiny-ImageNet's val/, whose val_annotations.txt gives the class of an image.
 
     Raises:
         UserError: the file does not, or names an image that is not there.
     """
-    listed = folder / "val_annotations.txt"
+    found, listed = class_files(folder), folder / "val_annotations.txt"
     if not listed.is_file():
-        return class_files(folder)
-    classes: dict[str, list[Path]] = {}
-    for number, line in enumerate(listed.read_text(errors="replace").splitlines(), 1):
-        name, _, rest = line.partition("\t")
-        places = [place / name for place in (folder / "images", folder) if name and (place / name).is_file()]
-        if not places or not rest:
-            raise UserError(f"{listed}, line {number}: needs the name of an image in images/, a tab and its class")
-        classes.setdefault(rest.split("\t")[0].strip(), []).append(places[0])
-    return Folder({name: sorted(classes[name]) for name in sorted(classes)}, Counter([".txt"]))
+        return found
+    if any(files for name, files in found.classes.items() if name != "images"):
+        # a script has moved the images into class folders, and may have left an empty one
+        classes = {name: files for name, files in found.classes.items() if files or name != "images"}
+        return found._replace(classes=classes)
+    class_of: dict[Path, str] = {}
+    for number, line in enumerate(listed.read_text("utf-8-sig", errors="replace").splitlines(), 1):
+        name, *rest = line.split("\t")
+        places = [place / name for place in (folder / "images", folder) if (place / name).is_file()]
+        if line.strip() and not (rest and rest[0].strip()):
+            raise UserError(f"{listed}, line {number}: needs the name of an image, a tab and its class")
+        if line.strip() and not places:
+            raise UserError(f"{listed}, line {number}: there is no image {name} in images/")
+        if places:
+            class_of[places[0]] = unicodedata.normalize("NFC", rest[0].strip())
+    classes: dict[str, list[Path]] = {name: [] for name in sorted(set(class_of.values()))}
+    for file, name in sorted(class_of.items()):
+        classes[name].append(file)
+    return Folder(classes, Counter(file.suffix.lower() for file in files_below(folder) if file not in class_of))
 
 
 # ------------------------------------------------------------------------------------------------------ what it shows
@@ -205,21 +216,24 @@ def square(path: Path, side: int) -> np.ndarray:
         except Exception:
             if not content.startswith(PNG):
                 raise
-            picture = as_rgb(without_metadata(content))
+            try:
+                picture = as_rgb(without_metadata(content, b"eXIf"))
+            except Exception:
+                picture = as_rgb(without_metadata(content))
     except Image.DecompressionBombError as error:
         raise UserError(f"{path} has more pixels than Pillow accepts ({error}): make it smaller") from error
     except Exception as error:  # Pillow raises many kinds for damaged files
         reason = kind_of(content) or " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{path} cannot be read as an image ({reason}): fetch it again, or remove it") from error
+        raise UserError(f"{path} cannot be read as an image ({reason}): replace it, or remove it") from error
     return np.asarray(tvf.center_crop(tvf.resize(picture, side), side))
 
 
-def without_metadata(png: bytes) -> bytes:
-    """A PNG file with only the chunks that its pixels need: viewers ignore damaged comments, Pillow does not."""
+def without_metadata(png: bytes, *more: bytes) -> bytes:
+    """A PNG file with only the chunks that its pixels need, and `more`: viewers ignore damaged comments, Pillow not."""
     kept, place = [PNG], len(PNG)
     while place + 12 <= len(png):
         end = place + 12 + int.from_bytes(png[place : place + 4], "big")  # length, name, content, checksum
-        if png[place + 4 : place + 8] in (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"):
+        if png[place + 4 : place + 8] in (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", *more):
             kept.append(png[place:end])
         place = end
     return b"".join(kept)
@@ -236,11 +250,12 @@ def as_rgb(content: bytes) -> Image.Image:
         wide = image.mode.startswith("I")  # 16 or 32 bits of grey, which Pillow would clip instead of scaling
         certain = image.format in ("PNG", "PPM", "JPEG2000")  # these say what is white
         if image.format == "TIFF":
-            bits, white, signs = (np.atleast_1d(image.tag_v2.get(tag, 1)).tolist() for tag in (258, 262, 339))
-            certain = bits == [16] and white == [1] and signs == [1]
+            tags = ((258, 1), (262, 1), (339, 1), (281, 65535))  # and what they are if left out
+            bits, white, signs, top = (np.atleast_1d(image.tag_v2.get(*tag)).tolist() for tag in tags)
+            certain = bits == [16] and white == [1] and signs == [1] and top == [65535]
             if set(signs) != {1}:
                 raise ValueError("pixels with a sign or a fraction have no known range")
-        if image.mode == "F" or (wide and not certain):
+        if image.mode == "F" or (wide and (not certain or "transparency" in image.info)):
             raise ValueError("the range of its pixels is not known for certain; save it with 8 bits")
         with contextlib.suppress(Exception):  # EXIF data may be nonsense
             image = ImageOps.exif_transpose(image)

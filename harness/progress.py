@@ -1,12 +1,11 @@
 """How far a long piece of work is: a bar on a terminal, elsewhere a line a minute."""
 
 import datetime
+import sys
 import time
 from collections.abc import Callable, Mapping
 
 from tqdm import tqdm
-
-from harness.flags import silent
 
 
 class Progress:
@@ -18,7 +17,8 @@ class Progress:
 
     def __init__(self, total: int, label: str, unit: str):
         self.total, self.label, self.unit, self.done = total, label, unit, 0
-        self.bar = tqdm(total=total, desc=label, unit=f" {unit}", leave=False, dynamic_ncols=True, disable=silent())
+        hidden = True if sys.stderr is None else None  # None: tqdm hides the bar unless stderr is a terminal
+        self.bar = tqdm(total=total, desc=label, unit=f" {unit}", leave=False, dynamic_ncols=True, disable=hidden)
         self.every = 60 if self.bar.disable else 1  # seconds
         self.began = self.told = time.monotonic()
 

@@ -13,6 +13,7 @@ import json
 import math
 import os
 import platform
+import random
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 from tensorboardX import summary, writer
 from tensorboardX.event_file_writer import EventFileWriter, EventsWriter
@@ -32,6 +34,7 @@ from torch import Tensor
 
 from harness.files import digest, lock, plain, read_state, restoring, save, write_atomically
 from harness.flags import Fault, UserError, tell, warn
+from models import NetworkError
 
 CONDITIONS = (
     "commit",
@@ -73,7 +76,7 @@ def entry(main: Callable) -> Callable:
                 stream.reconfigure(errors="backslashreplace")  # not every terminal has a λ, or the letters of a path
         try:
             return main(argv)
-        except UserError as error:
+        except (UserError, NetworkError) as error:
             status, line = 2, f"error: {error}"
         except RuntimeError as error:
             if type(error).__name__ in ("InductorError", "BackendCompilerFailed"):
@@ -215,7 +218,7 @@ class Run:
         and saved after each. A complete phase yields nothing; of its parts those are restored that the running phase
         saves, too (for example the teacher's SS head).
 
-        Before each epoch torch's generators are seeded by (seed, phase, epoch), for networks with dropout.
+        Before each epoch all random generators are seeded by (seed, phase, epoch), for networks with dropout.
         """
         saved = self.state["parts"]
         with restoring(self.ckpt / "last.pth"):
@@ -226,7 +229,9 @@ class Run:
         self.phase, self.total = phase, epochs
         first = self.state["epoch"] + 1 if self.state["phase"] == phase else 1
         for epoch in range(first, epochs + 1):
-            torch.manual_seed(int(digest([self.settings.get("seed"), phase, epoch])[:15], 16))
+            seed = int(digest([self.settings.get("seed"), phase, epoch])[:8], 16)
+            for generator in (random.seed, np.random.seed, torch.manual_seed):
+                generator(seed)
             yield epoch
             self._check_folder()
             self.state |= {"phase": phase, "epoch": epoch, "seconds": time.monotonic() - self._began}

@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.request import urlretrieve
@@ -123,9 +122,10 @@ class Source:
         _check(about, "side", self.side, "pixels a side", self.name, file)
         names, source = about.get("names", self.classes), self
         if names != self.classes:
-            for theirs, ours in zip_longest(sorted(names), sorted(self.classes)):
-                if theirs != ours:
-                    raise UserError(f"{file}: it was trained on other classes: {theirs} there is {ours} here")
+            there, here = (sorted(set(a) - set(b)) for a, b in ((names, self.classes), (self.classes, names)))
+            if there or here:
+                first = " and ".join(f"{x[0]} is only {where}" for x, where in ((there, "there"), (here, "here")) if x)
+                raise UserError(f"{file}: it was trained on other classes: {first}")
             label = torch.tensor([names.index(name) for name in self.classes])
             splits = {half: getattr(self, half) for half in ("train", "test", "val") if getattr(self, half)}
             splits = {half: split._replace(labels=label[split.labels]) for half, split in splits.items()}
@@ -134,8 +134,8 @@ class Source:
         if {"mean", "std"} <= about.keys():
             return replace(source, mean=tuple(about["mean"]), std=tuple(about["std"]))
         if file is not None:
-            whose = "the training images here" if self.name == "folder" else self.name
-            print(f"data: normalised by mean and deviation of {whose}; {file} does not say its own", flush=True)
+            mean, std = (" ".join(f"{x:.4f}" for x in values) for values in (self.mean, self.std))
+            print(f"data: normalised by mean {mean} and deviation {std}; {file} does not say its own", flush=True)
         return source
 
 
@@ -304,8 +304,7 @@ def _keep(kept: Path, name: str, splits: Mapping[str, Split]) -> None:
 def _own_folders(root: Path, side: int, train: bool, known: Sequence[str]) -> Source:
     """The images of class folders (see folders.py) as squares, kept in the root until a file changes."""
     found = folders.splits(root, train, known)
-    files = [file for split in found.values() for of_class in split.classes.values() for file in of_class]
-    kept, name = root / f"class_folders_{side}{'' if train else '_test'}.npz", _digest_of(root, files)
+    kept, name = root / f"class_folders_{side}{'' if train else '_test'}.npz", _digest_of(root, found)
     splits = _load(kept, name, found)
     if splits is None:
         splits = {half: _split_of(split.classes, side, half) for half, split in found.items()}
@@ -320,12 +319,14 @@ def _own_folders(root: Path, side: int, train: bool, known: Sequence[str]) -> So
     return source
 
 
-def _digest_of(root: Path, files: list[Path]) -> str:
-    """A digest of the paths below the root and the bytes of all files: reading them is fast, decoding them is not."""
+def _digest_of(root: Path, splits: Mapping[str, folders.Folder]) -> str:
+    """A digest of class, path and bytes of all images: reading them is fast, decoding them is not."""
     digest = hashlib.sha256()
-    for file in files:
-        digest.update(f"{file.relative_to(root)}\0".encode(errors="surrogateescape"))
-        digest.update(hashlib.sha256(file.read_bytes()).digest())
+    for half, split in splits.items():
+        for name, files in split.classes.items():
+            for file in files:
+                digest.update(f"{half}\0{name}\0{file.relative_to(root)}\0".encode(errors="surrogateescape"))
+                digest.update(hashlib.sha256(file.read_bytes()).digest())
     return digest.hexdigest()
 
 

@@ -17,6 +17,8 @@ from pathlib import Path
 
 from torch import nn
 
+from . import foreign
+from .foreign import LIBRARIES, NetworkError, is_own, weights_of
 from .mobilenetv2 import MobileNetV2
 from .resnet import ResNet
 from .resnet50 import ResNet50
@@ -25,9 +27,8 @@ from .shufflenetv2 import ShuffleNetV2
 from .vgg import VGG
 from .wrn import WideResNet
 
-__all__ = ["build", "check_name", "folder_name", "is_own", "load", "model_dict"]
-
-LIBRARIES = ("timm.", "torchvision.")  # how the names of their networks begin
+__all__ = ["LIBRARIES", "NetworkError", "build", "check_name", "folder_name", "is_own", "load", "model_dict"]
+__all__ += ["weights_of"]
 
 _X1, _X4, _X05, _X0375 = (16, 16, 32, 64), (32, 64, 128, 256), (8, 8, 16, 32), (6, 6, 12, 24)
 
@@ -60,38 +61,29 @@ model_dict = {
 }
 
 
-def is_own(name: str) -> bool:
-    """Whether a network's name means a class in a file of one's own, `FILE.py:CLASS`."""
-    return ".py:" in name
-
-
 def check_name(name: str) -> str:
-    """Returns the name of a network that `build` knows; raises UserError for any other."""
+    """Returns the name of a network that `build` knows; raises NetworkError for any other."""
     if name not in model_dict:
-        from .foreign import check_name  # here, because it imports libraries, and harness
-
-        check_name(name, model_dict)
+        foreign.check_name(name, model_dict)
     return name
 
 
 def build(name: str, num_classes: int = 100, side: int = 32, pretrained: bool = False) -> nn.Module:
     """A new network for images of `side` pixels: of the zoo, or timm.NAME, torchvision.NAME, FILE.py:CLASS.
 
-    With `pretrained` it has the library's weights, but for a classifier of another number of classes.
+    With `pretrained` it has the library's weights, but for the classifier if the number of classes is another one.
 
     Raises:
-        UserError: the name is unknown, the network doesn't fit, or its weights can't be had.
+        NetworkError: the name is unknown, the network doesn't fit, or its weights can't be had.
     """
     if name in model_dict:
         return model_dict[name](num_classes=num_classes)
-    from .foreign import build
-
-    return build(check_name(name), num_classes, side, pretrained)
+    return foreign.build(name, num_classes, side, pretrained)
 
 
 def folder_name(name: str) -> str:
-    """A network's name as a part of the name of a folder: dir/mine.py:Net is mine.Net there."""
-    return f"{Path(name.rpartition(':')[0]).stem}.{name.rpartition(':')[2]}" if is_own(name) else name
+    """A network's name as a part of a folder's: dir/mine.py:Net is mine.Net there."""
+    return name.rpartition("/")[2].replace(".py:", ".")
 
 
 def load(path: str | Path, arch: str | None = None, num_classes: int | None = None) -> nn.Module:

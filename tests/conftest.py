@@ -1,3 +1,4 @@
+import itertools
 import json
 import os
 import subprocess
@@ -15,6 +16,8 @@ import torch
 import baseline
 import student
 import teacher
+import utils
+from harness.flags import Fault
 
 ROOT = Path(__file__).parent.parent
 TINY = ["--dataset", "synthetic", "--train-size", "48", "--test-size", "40", "--batch-size", "16"]
@@ -40,6 +43,18 @@ def end_of(main, flags):
     except SystemExit as end:
         return end.code
     return 0
+
+
+def stop_at(step, monkeypatch):
+    """Lets a run fail before its update number `step`."""
+    updates, update = itertools.count(1), utils.SGD.step
+
+    def failing(self, loss):
+        if next(updates) == step:
+            raise Fault("stopped by the test")
+        update(self, loss)
+
+    monkeypatch.setattr(utils.SGD, "step", failing)
 
 
 def contents(folder):

@@ -1,13 +1,12 @@
 """baseline.py: every compared method trains from the command line, stops, resumes and exports."""
 
 import copy
-import itertools
 import json
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import contents, end_of
+from conftest import contents, end_of, stop_at
 from oracle import PUBLISHED
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -18,7 +17,7 @@ import methods
 import models
 import utils
 from harness import sources
-from harness.flags import Fault, UserError
+from harness.flags import UserError
 from methods import METHODS, Outputs, crd, negatives
 from models import model_dict
 from wrapper import classifier, frozen
@@ -152,18 +151,6 @@ def test_first_epoch_sets_the_length_of_the_first_phase_and_means_nothing_to_oth
 # Stopping and resuming
 
 
-def stop_at(step, monkeypatch):
-    """Lets a run fail before its update number `step`."""
-    updates, update = itertools.count(1), utils.SGD.step
-
-    def failing(self, loss):
-        if next(updates) == step:
-            raise Fault("stopped by the test")
-        update(self, loss)
-
-    monkeypatch.setattr(utils.SGD, "step", failing)
-
-
 @pytest.mark.parametrize(
     "method, steps",
     [
@@ -292,7 +279,7 @@ def test_the_loss_is_the_weighted_sum_of_its_terms(method, weight):
     assert loss.item() == pytest.approx((0.3 * ce + 0.6 * kd + float(weight) * own).item(), rel=1e-4)
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_term_of_weight_0_may_be_anything(compiled, monkeypatch):
     args, networks, made, batch = step_of("fitnet", "--weight", "0")
     monkeypatch.setattr(type(made), "forward", lambda self, s, *_: (self.regressor(s.features[2]) * torch.nan).sum())

@@ -1,11 +1,13 @@
 """command.sh, mostly with a stand-in for Python: it records its calls and installs nothing."""
 
+import ast
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+from importlib.metadata import packages_distributions
 
 import pytest
 from conftest import ROOT
@@ -215,3 +217,25 @@ def test_the_packages_and_their_versions_decide_whether_something_is_lacking(pla
     python.write_text(f'#!/bin/sh\ncase $1 in -*) exec "{sys.executable}" "$@" ;; esac\n')  # runs no script
     (root / "requirements.txt").write_text(f"-r other.txt\n\n{line}\n")
     assert run("demo").returncode == status
+
+
+def test_the_requirements_list_every_imported_package():
+    folders = (".", "experiments", "harness", "methods", "models", "tests")
+    files = [path for folder in folders for path in (ROOT / folder).glob("*.py")]
+    nodes = [node for path in files for node in ast.walk(ast.parse(path.read_text()))]
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and not node.level}
+    packages = {name.split(".")[0] for name in names} - sys.stdlib_module_names
+    packages -= {*folders, *(path.stem for path in files)}
+    listed = {line.split(">")[0].lower() for name in REQUIREMENTS for line in (ROOT / name).read_text().splitlines()}
+    known = packages_distributions()
+    assert [name for name in packages if not {each.lower() for each in known.get(name, [name])} & listed] == []
+
+
+def test_a_clone_that_converts_line_endings_leaves_them_alone(place):
+    root, _ = place
+    shutil.copy(ROOT / ".gitattributes", root)
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-c", "core.autocrlf=true"]
+    for words in ("init -q", "add .gitattributes command.sh", "commit -qm files", "clone -q . clone"):
+        subprocess.run([*git, *words.split()], cwd=root, check=True)
+    assert (root / "clone" / "command.sh").read_bytes() == (ROOT / "command.sh").read_bytes()

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, contents, end_of
+from conftest import ROOT, contents, end_of, stop_at
 from torch import nn
 from torch._dynamo.utils import counters
 
@@ -17,7 +17,6 @@ import cifar
 import student
 import teacher
 import utils
-from harness.flags import Fault
 from harness.shapes import synthetic
 from harness.sources import STATISTICS, Split
 from losses import VIEWS
@@ -128,15 +127,8 @@ def test_a_stopped_run_resumes_bit_for_bit_if_deterministic(amp, trained, tmp_pa
     for head in (trained / "ckpt").glob("ss_head_*"):
         head.unlink()
     for step in (5, 5):  # in the second epoch of the SS head, then of the student
-        updates, update = itertools.count(1), utils.SGD.step
-
-        def failing(self, loss, updates=updates, update=update, last=step):
-            if next(updates) == last:
-                raise Fault("stopped by the test")
-            update(self, loss)
-
         with monkeypatch.context() as patch:
-            patch.setattr(utils.SGD, "step", failing)
+            stop_at(step, patch)
             assert end_of(student.main, [*flags, str(tmp_path / "stopped")]) == 1
     assert end_of(student.main, [*flags, str(tmp_path / "stopped")]) == 0
     assert contents(tmp_path / "stopped") == contents(tmp_path / "whole")

@@ -1,6 +1,7 @@
 """harness/flags.py: the flags, their checks, and what a script says about them."""
 
 import argparse
+from pathlib import Path
 
 import pytest
 from conftest import end_of
@@ -94,6 +95,15 @@ def test_a_network_with_another_published_rate_gets_a_warning(words, capsys):
     flags.warn_of_schedule(student.parse_args([*STUDENT[:2], *words.split()]))
     expected = "" if "vgg8" in words else f"warning: --lr 0.05: {words.split()[1]} was published with --lr 0.01\n"
     assert capsys.readouterr().err == expected
+
+
+def test_a_home_folder_is_expanded_in_paths_of_other_types_and_lists(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    parser = flags.Parser("")
+    parser.add_argument("places", nargs="+")
+    parser.add_argument("--to", type=Path)
+    args = parser.parse_args(["~/a", "b", "--to=~/c"])
+    assert (args.places, args.to) == ([str(tmp_path / "a"), "b"], tmp_path / "c")
 
 
 @pytest.mark.parametrize("flag", ["experiments", "data-root", "t-path", "export"])

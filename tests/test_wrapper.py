@@ -6,7 +6,6 @@ from oracle import fill
 from torch import nn
 
 import models
-from harness.flags import UserError
 from wrapper import Wrapper, check_network, classifier, frozen
 
 ONE_A_FAMILY = ("resnet8", "ResNet50", "wrn_16_2", "vgg8", "MobileNetV2", "ShuffleV1", "ShuffleV2")
@@ -96,6 +95,8 @@ class Small(nn.Module):
     def __init__(self, lacking=None):
         super().__init__()
         self.body = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        if lacking == "hook":
+            self.body[1].register_forward_hook(lambda module, given, made: made * 2)
         self.fc, self.lacking = (OwnLinear if lacking == "own linear" else nn.Linear)(5, 7), lacking
 
     def forward(self, x, is_feat=False, **preact):
@@ -120,7 +121,7 @@ class Small(nn.Module):
     ],
 )
 def test_a_network_that_no_student_can_learn_from_is_refused(lacking, classes, words):
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(models.NetworkError, match=words):
         check_network(fill(Small(lacking)), "mine", classes, 32)
 
 
@@ -140,7 +141,7 @@ def test_a_linear_layer_of_ones_own_class_is_a_classifier():
     assert isinstance(classifier(teacher.backbone), OwnLinear)
 
 
-@pytest.mark.parametrize("lacking", ["trace", "twice"])
+@pytest.mark.parametrize("lacking", ["trace", "twice", "hook"])
 def test_a_teacher_that_cannot_be_traced_or_folded_is_used_unfolded_with_a_line(lacking, capsys):
     network = fill(Small(lacking))
     check_network(network, "mine", 7, 32)
