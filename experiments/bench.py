@@ -4,6 +4,7 @@
     python experiments/bench.py --quick                           # the first pair, few repetitions: two minutes
     python experiments/bench.py --amp bf16 --compile              # with half precision and torch.compile here
     python experiments/bench.py --pairs vgg13:vgg8 --json rows.json
+    python experiments/bench.py --conditions --json rows.json     # the student step as flags change it; for a GPU
 
 "Here" means the functions with which student.py and baseline.py train; the published pipeline is published.py. Both
 get the same weights, images, batch size and threads, and their losses must agree before anything is timed. Each side
@@ -22,6 +23,10 @@ has a process of its own. The sides take turns, and a figure is the median of al
 
 `--json` writes rows {figure, pair, amp, published, here, ratio}: seconds or bytes; ratio = published ÷ here. The pair
 of the SS head's rows is the teacher alone. The published DataLoader has its four workers on a GPU only.
+
+`--conditions` measures the student step alone: with each of the flags --amp, --tf32, --compile and --t-features, and
+for depthwise students in both memory layouts. Its rows hold milliseconds until the device has done a step, milliseconds
+until the host has queued it, the peak memory in bytes and, on CUDA, the number of kernels.
 """
 
 import contextlib
@@ -32,6 +37,7 @@ import multiprocessing
 import os
 import re
 import sys
+import tempfile
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
@@ -39,6 +45,7 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import cache, partial
 from itertools import chain, count, repeat
 from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that this script runs from any folder
@@ -62,6 +69,7 @@ from wrapper import Wrapper, frozen
 
 PAIRS = ["wrn_40_2:wrn_16_2", "resnet32x4:resnet8x4", "vgg13:vgg8", "ResNet50:MobileNetV2"]
 CLASSES, STATISTICS = len(sources.CLASSES["cifar100"]), sources.STATISTICS["cifar100"]
+DEPTHWISE = {"MobileNetV2", "ShuffleV1", "ShuffleV2"}
 FLAGS = ["--t-path", "unused", "--s-arch", "resnet8", "--lr", "0.01"]  # of student.py
 THREADS = torch.get_num_threads()
 
@@ -71,6 +79,7 @@ SS_HEAD = ("ss_epoch", "ss_epoch_stored", "new_view")
 # the published code stores no features, so its computed figure stands beside the stored one
 COMPUTED = {"student_step_stored": "student_step", "ss_epoch_stored": "ss_epoch"}
 UNITS = {"runs": (3600, "h"), "runs_stored": (3600, "h"), "student_step_memory": (2**20, "MiB")}  # others: seconds
+CONDITIONS = "{:24} {:24} {:>13} {:>10} {:>10} {:>10} {:>8}"
 TABLE = "{:20} {:22} {:4} {:>14} {:>14} {:>8}"
 
 Side = dict[str, Callable[[], Any]]  # figure → a function that does its work once
@@ -87,6 +96,9 @@ class Plan(NamedTuple):
     seconds: float = 40  # to repeat a group of figures, at least twice
     ss_batches: int = 2  # training batches of an SS-head epoch
     ss_test_images: int = 25  # a fifth of the images in them, as in CIFAR-100
+    tf32: str = "on"
+    features: str = "memory"  # where `…_stored` keeps them
+    layout: torch.memory_format = cifar.LAYOUT
 
 
 def parse_args(argv: list[str] | None) -> Namespace:
@@ -97,6 +109,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
     add("--compile", action="store_true", help="torch.compile here; the minutes it takes are not counted")
     add("--device", help="for example cpu or cuda:1; left out: the first GPU, else the CPU")
     add("--quick", action="store_true", help="the first pair only, fewer repetitions, no estimate of whole runs")
+    add("--conditions", action="store_true", help="only the student step, with each of the flags that change its speed")
     add("--json", type=Path, metavar="FILE", help="write the rows there")
     args = parser.parse_args(argv)
     for pair in args.pairs:
@@ -145,8 +158,10 @@ def published_side(plan: Plan, pair: str) -> Side:
 @cache
 def here_side(plan: Plan, pair: str) -> Side:
     """This repository, set up as in its scripts."""
-    args, autocast = student.parse_args([*FLAGS, "--amp", plan.amp]), utils.precision(plan.amp, plan.device)
+    flagged = [*FLAGS, "--amp", plan.amp, "--tf32", plan.tf32]
+    args, autocast = student.parse_args(flagged), utils.precision(plan.amp, plan.device)
     utils.set_up(args, plan.device)
+    cifar.LAYOUT = plan.layout
     teacher, network = (net.to(memory_format=cifar.LAYOUT) for net in make_networks(pair, plan.device))
     teacher, head = freeze(teacher), teacher.proj_head
     utils.cast_once(teacher.backbone, plan.amp)
@@ -158,7 +173,9 @@ def here_side(plan: Plan, pair: str) -> Side:
     train_set = images(plan.images)
     batches = chain.from_iterable(train_set.batches("bench", epoch, VIEWS) for epoch in count(1))
     # an epoch of one batch, over and over: the table soon holds its views, and each step pays for reading them
-    table = Features(images(plan.batch), teacher.backbone, autocast, "0" * 16, folder=None)
+    with tempfile.TemporaryDirectory() as folder:  # a file in it lives as long as the table has it open
+        where = Path(folder) if plan.features == "disk" else None
+        table = Features(images(plan.batch), teacher.backbone, autocast, "0" * 16, where)
     stored = chain.from_iterable(table.batches("bench", 1, VIEWS) for _ in repeat(None))
     stored_ss = chain.from_iterable(table.batches_without_views("bench", 1, VIEWS) for _ in repeat(None))
     # as in a run, whose test features are computed once
@@ -305,6 +322,35 @@ def clock(make_side: Callable, plan: Plan, pair: str, figure: str) -> float:
     return (time.perf_counter() - began) / number
 
 
+def step_cost(make_side: Callable, plan: Plan, pair: str) -> dict[str, float]:
+    """What a student step takes: `device` and `host` in seconds, `memory` in bytes, on CUDA also its `kernels`.
+
+    `host` is the time until all is queued. On a CPU it equals `device`.
+    """
+    side, cuda = make_side(plan, pair), plan.device.type == "cuda"
+    name = "student_step_stored" if plan.features != "compute" else "student_step"
+    step, number = side.get(name, side["student_step"]), 20 if cuda else 1
+    wait = getattr(torch, plan.device.type).synchronize
+    for _ in range(5 if cuda else 1):  # the algorithms are chosen, and graphs recorded
+        step()
+    wait()
+    began = time.perf_counter()
+    for _ in range(number):
+        step()
+    host = time.perf_counter() - began
+    wait()
+    found = {"device": (time.perf_counter() - began) / number, "host": host / number}
+    if cuda:
+        torch.cuda.reset_peak_memory_stats(plan.device)
+        before = torch.cuda.memory_allocated(plan.device)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as trace:
+            step()
+            wait()
+        found["kernels"] = sum(each.count for each in trace.key_averages() if each.device_type.name == "CUDA")
+        found["memory"] = torch.cuda.max_memory_allocated(plan.device) - before
+    return found
+
+
 def peak_memory(make_side: Callable, plan: Plan, pair: str) -> float:
     """Bytes that a student step needs beyond those that its process holds before."""
     step = make_side(plan._replace(compile=False), pair)["student_step"]  # the compiler's own memory is not the step's
@@ -385,6 +431,35 @@ def run_rows(plan: Plan, rows: list[dict]) -> Iterator[dict]:
         yield row(figure, f"{len(pairs)} students", plan.amp, theirs, seconds)
 
 
+def conditions(device: torch.device, pair: str) -> list[dict[str, Any]]:
+    """What differs from the published flags, for each student step that `--conditions` measures."""
+    flagged: list[dict[str, Any]] = [{}, {"amp": "bf16"}, {"compile": True}, {"amp": "bf16", "compile": True}]
+    flagged += [{"features": "memory"}, {"features": "disk"}, {"features": "memory", "amp": "bf16", "compile": True}]
+    if device.type == "cuda":
+        flagged.append({"tf32": "off"})
+    if pair.split(":")[1] in DEPTHWISE:
+        plain = {"layout": torch.contiguous_format}
+        flagged += [{"features": "memory"} | plain, {"features": "memory", "amp": "bf16"} | plain]
+    return flagged
+
+
+def condition_rows(plan: Plan, pair: str) -> Iterator[dict]:
+    """A row for each condition; the published step takes turns with it."""
+    for changed in conditions(plan.device, pair):
+        each = plan._replace(features="compute")._replace(**changed)
+        with processes(each, pair) as call:
+            rounds = [{side: call(side, step_cost) for side in SIDES} for _ in range(4)][1:]  # the first one warms up
+        found = {
+            side: {name: median(turn[side][name] for turn in rounds) for name in rounds[0][side]} for side in SIDES
+        }
+        here = found["here"]
+        said = " ".join(str(value).removeprefix("torch.") for value in changed.values()) or "published flags"
+        shown = [f"{x * 1000:.2f}" for x in (found["published"]["device"], here["device"], here["host"])]
+        shown += [f"{here['memory'] / 2**20:.0f}", f"{here['kernels']:.0f}"] if "kernels" in here else ["", ""]
+        print(CONDITIONS.format(pair, said, *shown), flush=True)
+        yield {"figure": "student_step", "pair": pair, "condition": said} | found
+
+
 def whole_runs(plan: Plan, pairs: list[str], rows: dict[tuple[str, str], dict]) -> tuple[float, float, float]:
     """Seconds to train the students of `pairs` and the SS heads: published, here, and here with stored features.
 
@@ -424,9 +499,13 @@ def main(argv: list[str] | None = None) -> None:
     if args.quick:
         plan, pairs = plan._replace(seconds=4, ss_batches=1, ss_test_images=12), pairs[:1]
     print(f"machine: {device}, {THREADS} threads, PyTorch {torch.__version__}")
-    print(TABLE.format("figure", "pair", "amp", "published", "here", "ratio"))
-    rows = [each for pair in pairs for each in pair_rows(plan, pair, crd=pair == pairs[0])]
-    if not args.quick:
+    if args.conditions:
+        print(CONDITIONS.format("pair", "condition", "published ms", "here ms", "host ms", "peak MiB", "kernels"))
+        rows = [each for pair in pairs for each in condition_rows(plan, pair)]
+    else:
+        print(TABLE.format("figure", "pair", "amp", "published", "here", "ratio"))
+        rows = [each for pair in pairs for each in pair_rows(plan, pair, crd=pair == pairs[0])]
+    if not (args.quick or args.conditions):
         rows += run_rows(plan, rows)
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1) + "\n")

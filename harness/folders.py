@@ -187,10 +187,8 @@ def decode(files: Sequence[Path], side: int, what: str) -> np.ndarray:
     Raises:
         UserError: an image can't be read; names it.
     """
-    pixels, progress = (
-        np.empty((len(files), side, side, 3), np.uint8),
-        Progress(len(files), f"reading {what}", "images"),
-    )
+    pixels = np.empty((len(files), side, side, 3), np.uint8)
+    progress = Progress(len(files), f"reading {what}", "images")
     pool = ThreadPoolExecutor()  # Pillow decodes and resizes outside Python's lock
     try:
         with warnings.catch_warnings(), progress:
@@ -257,6 +255,11 @@ def as_rgb(content: bytes) -> Image.Image:
                 raise ValueError("pixels with a sign or a fraction have no known range")
         if image.mode == "F" or (wide and (not certain or "transparency" in image.info)):
             raise ValueError("the range of its pixels is not known for certain; save it with 8 bits")
+        key, depth = image.info.get("transparency"), content[24]
+        if image.format == "PNG" and image.mode in ("L", "RGB") and key is not None and depth != 8:
+            # the transparent colour has the file's depth, and Pillow has scaled the pixels to 8 bits
+            scaled = np.asarray(key) >> 8 if depth == 16 else np.asarray(key) * 255 // (2**depth - 1)
+            image.info["transparency"] = tuple(scaled.tolist()) if scaled.ndim else int(scaled)
         with contextlib.suppress(Exception):  # EXIF data may be nonsense
             image = ImageOps.exif_transpose(image)
     if wide:

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
+import cifar
 import utils
 from experiments import bench, published
 from harness.flags import Fault
@@ -98,6 +99,31 @@ def test_a_run_writes_every_figure_as_a_row(monkeypatch, tmp_path, capsys):
     assert found["student_step_stored", PAIR]["published"] == found["student_step", PAIR]["published"]
     printed, figures = capsys.readouterr().out.splitlines(), [row["figure"] for row in rows]
     assert [line.split()[0] for line in printed if line.split()[0] in figures] == figures
+
+
+def test_each_condition_is_a_row_beside_the_published_step(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(bench, "ProcessPoolExecutor", lambda *args: ThreadPoolExecutor(1))
+    monkeypatch.setattr(bench, "Plan", lambda *args: TINY)
+    monkeypatch.setattr(cifar, "LAYOUT", cifar.LAYOUT)
+    planned = bench.conditions(torch.device("cuda"), "resnet8:ShuffleV2")
+    assert {key for each in planned for key in each} == {"amp", "compile", "features", "tf32", "layout"}
+    monkeypatch.setattr(
+        bench, "conditions", lambda device, pair: [{}, {"amp": "bf16"}, planned[-2], {"features": "disk"}]
+    )
+    layouts, views = [], cifar.Images.views
+
+    def noted(self, *args):
+        x = views(self, *args)
+        layouts.append(x.is_contiguous())
+        return x
+
+    monkeypatch.setattr(cifar.Images, "views", noted)
+    bench.main(["--conditions", "--pairs", PAIR, "--device", "cpu", "--json", str(tmp_path / "rows.json")])
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert [row["condition"] for row in rows] == ["published flags", "bf16", "memory contiguous_format", "disk"]
+    assert all(0 < row[side]["host"] <= row[side]["device"] for row in rows for side in ("here", "published"))
+    assert set(layouts) == {True, False}
+    assert sum(line.startswith(PAIR) for line in capsys.readouterr().out.splitlines()) == len(rows)
 
 
 def test_the_estimate_adds_up_all_epochs_of_the_published_students():

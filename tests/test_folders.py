@@ -311,6 +311,25 @@ def test_damaged_metadata_does_not_keep_a_png_from_being_read(extra, tmp_path):
     assert np.array_equal(folders.square(tmp_path / "a.png", 32), PIXELS)
 
 
+@pytest.mark.parametrize(
+    ("depth", "kind", "row", "key"),
+    [
+        (2, 0, b"\x90", (1,)),
+        (4, 0, b"\x96\x12", (6,)),
+        (16, 2, struct.pack(">12H", *range(0, 48000, 4000)), (12000, 16000, 20000)),
+    ],
+)  # the second of four pixels is transparent
+def test_a_transparent_colour_of_any_depth_is_over_white(depth, kind, row, key, tmp_path):
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", 4, 4, depth, kind, 0, 0, 0))
+    transparent, pixels = (
+        chunk(b"tRNS", struct.pack(f">{len(key)}H", *key)),
+        chunk(b"IDAT", zlib.compress((b"\0" + row) * 4)),
+    )
+    (tmp_path / "a.png").write_bytes(folders.PNG + head + transparent + pixels + chunk(b"IEND", b""))
+    white = (folders.square(tmp_path / "a.png", 4) == 255).all(2)
+    assert white.tolist() == [[False, True, False, False]] * 4
+
+
 def test_a_png_with_a_damaged_comment_is_still_turned(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
