@@ -50,7 +50,7 @@ NO_SS = {"--ss-weight": ["0"], "--ss-T": None, "--ratio-ss": None}
 OF_ONE_RUN = {"--seed", "--method", "--experiments", "--arch", "--s-arch", "--t-path", "--gpu-id", "--export"}
 OF_ONE_RUN |= {"--pretrained"}
 
-# the flags on which data and teacher depend
+# the flags that `read_for` and `read_teacher` read
 OF_DATA = "dataset", "data_root", "data_url", "side", "train_size", "test_size", "t_path", "t_arch"
 
 REPORT = 60  # seconds between two reports of progress

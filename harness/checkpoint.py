@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from harness.fetch import local
 from harness.files import kind_of
 from harness.flags import UserError
-from models import LIBRARIES, build, check_name, is_own, model_dict
+from models import LIBRARIES, build, is_own, model_dict
 
 _SUFFIXES = ("", ".pth", ".pt", ".tar", ".ckpt", ".bin", ".safetensors")
 _NOT_NETWORKS = ("last.pth", "ss_head_", "features_")  # what a run saves beside its networks
@@ -243,9 +243,7 @@ def _kind_of_archive(data: bytes) -> str | None:
 def _choose_arch(file: Path, told: object, arch: str | None) -> str:
     """The network's name: `told` by the checkpoint, else `arch`, else from the name of the file or folder."""
     known = ", ".join(model_dict)
-    if arch is not None:
-        check_name(arch)
-    elif isinstance(told, str) and is_own(told):  # a file must not run code that its user does not name
+    if arch is None and isinstance(told, str) and is_own(told):  # a file must not run code that its user does not name
         flags = f"--t-arch {told} (--s-arch beside --s-path, --arch in teacher.py)"
         raise UserError(f"{file}: its network is the class {told}, which runs only if you name it, too: give {flags}")
     folder = run_folder_of(file).name
@@ -253,7 +251,7 @@ def _choose_arch(file: Path, told: object, arch: str | None) -> str:
         folder = re.sub(r".*?_seed\d+_", "", folder, count=1)
     words = {"the checkpoint says": told, "the flag says": arch}
     words["its name says"] = _arch_in_name(file.name) or _arch_in_name(folder)
-    words = {says: word for says, word in words.items() if isinstance(word, str)}
+    words = {says: word for says, word in words.items() if isinstance(word, str) and (word == arch or not is_own(word))}
     words = {says: word for says, word in words.items() if word in (*model_dict, arch) or word.startswith(LIBRARIES)}
     if not words:
         own = f"its key 'arch' says '{told}', which is unknown here" if told else "it has no key 'arch'"

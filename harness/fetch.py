@@ -1,10 +1,5 @@
-"""Checkpoints that are no files yet: an address, or a library's own weights. torch.hub's folder keeps both.
+"""Checkpoints that are no files yet: an address, or a library's own weights. torch.hub's folder keeps both."""
 
---t-path https://…/wrn_40_2_vanilla/ckpt_epoch_240.pth
---t-path timm.resnet18
-"""
-
-import http.client
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +9,7 @@ import torch
 
 from harness.files import digest, save
 from harness.flags import UserError
-from models import LIBRARIES, build, weights_of
+from models import LIBRARIES, build, check_name, weights_of
 
 
 def local(path: str, check: Callable[[Path], object]) -> Path:
@@ -42,7 +37,7 @@ def _download(url: str, check: Callable[[Path], object]) -> Path:
         except UserError as error:
             file.unlink()
             raise UserError(f"{url}: {error}") from None
-        except (OSError, ValueError, http.client.HTTPException) as error:  # URLError is an OSError
+        except Exception as error:  # urllib and http each raise their own
             raise UserError(f"{url} could not be fetched: {error or type(error).__name__}") from None
     return file
 
@@ -51,6 +46,7 @@ def _weights(name: str) -> Path:
     """The weights that a library has for a network, as a checkpoint of this repository."""
     file = Path(torch.hub.get_dir(), "sskd", name, "pretrained.pth")
     if not file.exists():
+        check_name(name, ())
         about = weights_of(name)
         network = build(name, about["classes"], about.pop("side"), pretrained=True)  # convolutions take any side
         file.parent.mkdir(parents=True, exist_ok=True)

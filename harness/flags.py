@@ -118,9 +118,10 @@ def number(kind: type, low: float, high: float = 10**9, above: bool = False) -> 
 def network(name: str) -> str:
     """An argparse type: the name of a network that `models.build` knows."""
     try:
-        return check_name(name)
+        check_name(name, model_dict)
     except NetworkError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+    return name
 
 
 # --------------------------------------------------------------------------------------------------- the shared flags

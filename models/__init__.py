@@ -18,7 +18,7 @@ from pathlib import Path
 from torch import nn
 
 from . import foreign
-from .foreign import LIBRARIES, NetworkError, is_own, weights_of
+from .foreign import LIBRARIES, NetworkError, check_name, is_own, weights_of
 from .mobilenetv2 import MobileNetV2
 from .resnet import ResNet
 from .resnet50 import ResNet50
@@ -61,13 +61,6 @@ model_dict = {
 }
 
 
-def check_name(name: str) -> str:
-    """Returns the name of a network that `build` knows; raises NetworkError for any other."""
-    if name not in model_dict:
-        foreign.check_name(name, model_dict)
-    return name
-
-
 def build(name: str, num_classes: int = 100, side: int = 32, pretrained: bool = False) -> nn.Module:
     """A new network for images of `side` pixels: of the zoo, or timm.NAME, torchvision.NAME, FILE.py:CLASS.
 
@@ -78,6 +71,7 @@ def build(name: str, num_classes: int = 100, side: int = 32, pretrained: bool = 
     """
     if name in model_dict:
         return model_dict[name](num_classes=num_classes)
+    check_name(name, model_dict)
     return foreign.build(name, num_classes, side, pretrained)
 
 

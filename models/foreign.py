@@ -9,6 +9,7 @@ import copy
 import difflib
 import functools
 import importlib.util
+import logging
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -58,7 +59,6 @@ def check_name(name: str, zoo: Iterable[str]) -> None:
 
 def build(name: str, num_classes: int, side: int, pretrained: bool) -> nn.Module:
     """A network from elsewhere, in train mode: see `models.build`."""
-    check_name(name, ())
     with refusing(f"{name} can't be used here (images of {side} × {side} pixels)"):
         if is_own(name):
             network = own_class(name)(num_classes=num_classes)
@@ -89,15 +89,13 @@ def check_contract(network: nn.Module, classes: int, side: int) -> None:
         raise ValueError("its logits are not what its last nn.Linear gives for features[-1]")
 
 
-# ----------------------------------------------------------------------------------------------------------- libraries
-
-
 def from_library(name: str, num_classes: int, side: int, pretrained: bool) -> nn.Module:
     """The library's own network for images of `side` pixels; torchvision's keeps its own number of classes."""
     library, _, short = name.partition(".")
     if library == "timm":
         import timm
 
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # offline, `refusing` says enough
         sized = {"img_size": side} if timm.models.get_pretrained_cfg(short).fixed_input_size else {}
         return timm.create_model(short, pretrained=pretrained, num_classes=num_classes, **sized)
     from torchvision.models import get_model
@@ -196,25 +194,19 @@ def adapted(body: nn.Module, num_classes: int, side: int) -> Foreign:
     return network
 
 
-# ------------------------------------------------------------------------------------------------- a file of one's own
-
-
 def is_own(name: str) -> bool:
     """Whether a name means a class in a file of one's own."""
     return ".py:" in name
 
 
-def own_class(name: str) -> type[nn.Module]:
-    """The class that `FILE.py:CLASS` means; runs the file once."""
-    file, _, attribute = name.rpartition(":")
-    with refusing(name):
-        return getattr(_module(Path(file).resolve()), attribute)
-
-
 @functools.cache
-def _module(path: Path) -> object:
+def own_class(name: str) -> type[nn.Module]:
+    """The class that `FILE.py:CLASS` means; runs the file."""
+    file, _, attribute = name.rpartition(":")
+    path = Path(file).resolve()
     spec = importlib.util.spec_from_file_location(f"own_{path.stem}", path)
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     sys.path.append(str(path.parent))  # it may import what lies beside it
-    spec.loader.exec_module(module)
-    return module
+    with refusing(name):
+        spec.loader.exec_module(module)
+        return getattr(module, attribute)
