@@ -20,13 +20,13 @@ from torch import Tensor, nn
 
 import cifar
 import utils
-from harness import checkpoint, flags, sources
+from harness import checkpoint, flags
 from harness.checkpoint import teacher_name
 from harness.export import export
 from harness.record import Run, entry
 from methods import METHODS, Method, Outputs, kd_loss, set_phase
-from models import model_dict
-from teacher_store import Features, features, fingerprint, load_teacher, report_teacher
+from models import build, folder_name
+from teacher_store import Features, features, read_teacher, report_teacher
 from wrapper import classifier, frozen, of_feature
 
 
@@ -75,10 +75,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def train(args: Namespace) -> Path:
     """Trains the student, or what a stopped run left of it; returns the run's folder."""
-    found = load_teacher(args.t_path, args.t_arch)
-    source = sources.read_for(args, found.about, found.file)
-    network = found.network(len(source.classes))
-    identity = source.identity | {"teacher": fingerprint(network)}
+    found, source, network, identity = read_teacher(args)
     run = Run(run_folder(args, teacher_name(found.file)), flags.settings(args, identity))
     if run.finished():
         return run.folder
@@ -87,7 +84,7 @@ def train(args: Namespace) -> Path:
     data = cifar.load(source, args, device)
     utils.set_up(args, device)
 
-    student = model_dict[args.s_arch](num_classes=len(source.classes))
+    student = build(args.s_arch, len(source.classes), source.side)
     for module in (student, network):
         module.to(device, memory_format=cifar.LAYOUT)
     preact, autocast = METHODS[args.method].preact, utils.precision(args.amp, device)
@@ -108,7 +105,8 @@ def train(args: Namespace) -> Path:
 def run_folder(args: Namespace, teacher: str) -> Path:
     """experiments/{method}_student_…: named by the flags of the loss and by the teacher's folder."""
     return Path(args.experiments) / (
-        f"{args.method}_student_{args.s_arch}_weight{args.ce_weight}+{args.kd_weight}+{args.weight}_T{args.kd_T}"
+        f"{args.method}_student_{folder_name(args.s_arch)}"
+        f"_weight{args.ce_weight}+{args.kd_weight}+{args.weight}_T{args.kd_T}"
         f"{flags.data_name(args)}_seed{args.seed}_{teacher}"
     )
 

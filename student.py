@@ -18,13 +18,13 @@ from torch import Tensor, nn
 
 import cifar
 import utils
-from harness import checkpoint, flags, sources
+from harness import checkpoint, flags
 from harness.checkpoint import teacher_name
 from harness.export import export
 from harness.record import Run, entry
 from losses import VIEWS, SSKDTerms, positives, similarity_matrix, split_views, ss_head_loss, sskd_terms
-from models import model_dict
-from teacher_store import Features, SSHeadFile, features, fingerprint, load_teacher, report_teacher
+from models import build, folder_name
+from teacher_store import Features, SSHeadFile, features, read_teacher, report_teacher
 from wrapper import Wrapper, frozen
 
 
@@ -77,10 +77,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def train(args: Namespace) -> Path:
     """Steps 2 and 3, or what a stopped run left of them; returns the run's folder."""
-    found = load_teacher(args.t_path, args.t_arch)
-    source = sources.read_for(args, found.about, found.file)
-    network = found.network(len(source.classes))
-    identity = source.identity | {"teacher": fingerprint(network)}
+    found, source, network, identity = read_teacher(args)
     run = Run(run_folder(args, teacher_name(found.file)), flags.settings(args, identity))
     if run.finished():
         return run.folder
@@ -89,7 +86,7 @@ def train(args: Namespace) -> Path:
     data = cifar.load(source, args, device)
     utils.set_up(args, device)
 
-    student = Wrapper(model_dict[args.s_arch](num_classes=len(source.classes)))
+    student = Wrapper(build(args.s_arch, len(source.classes), source.side))
     for module in (student, network):
         module.to(device, memory_format=cifar.LAYOUT)
     torch.manual_seed(args.seed)  # again, so that the SS head does not depend on the student
@@ -108,7 +105,7 @@ def train(args: Namespace) -> Path:
 def run_folder(args: Namespace, teacher: str) -> Path:
     """experiments/sskd_student_…: named by the flags of the loss and by the teacher's folder."""
     return Path(args.experiments) / (
-        f"sskd_student_{args.s_arch}"
+        f"sskd_student_{folder_name(args.s_arch)}"
         f"_weight{args.ce_weight}+{args.kd_weight}+{args.tf_weight}+{args.ss_weight}"
         f"_T{args.kd_T}+{args.tf_T}+{args.ss_T}_ratio{args.ratio_tf}+{args.ratio_ss}"
         f"{flags.data_name(args)}_seed{args.seed}_{teacher}"

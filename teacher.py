@@ -19,19 +19,24 @@ import cifar
 import utils
 from harness import checkpoint, flags, sources
 from harness.record import Run, entry
-from models import model_dict
+from models import LIBRARIES, build, folder_name, model_dict, weights_of
 from wrapper import check_network
 
 
 def parse_args(argv: list[str] | None) -> Namespace:
     parser = flags.make_parser("Trains a teacher on CIFAR-100 with cross-entropy.")
     known = ", ".join(model_dict)
-    parser.add_argument("--arch", choices=model_dict, metavar="NETWORK", help=f"one of {known}")
+    parser.add_argument("--arch", type=flags.network, metavar="NETWORK", help=f"one of {known}; {flags.OTHER_NETWORKS}")
+    start = "start from the weights that timm or torchvision have for the network, with images normalised as for these "
+    start += "weights; a lower --lr than the default, such as 0.01, is usual"
+    parser.add_argument("--pretrained", action="store_const", const=True, help=start)
     accuracy_of = "print the test accuracy of a run folder or checkpoint, and exit"
     parser.add_argument("--evaluate", metavar="PATH", help=accuracy_of)
     args = parser.parse_args(argv)
     if args.arch is None and args.evaluate is None:
         parser.error(f"--arch is missing; the known ones are {known}")
+    if args.pretrained and not (args.arch and args.arch.startswith(LIBRARIES)):
+        parser.error(f"--pretrained is for --arch timm.NAME or torchvision.NAME, not for {args.arch}")
     return args
 
 
@@ -45,7 +50,8 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def train(args: Namespace) -> None:
-    source = sources.read_for(args, about={})
+    trained_on = weights_of(args.arch) if args.pretrained else {}
+    source = sources.read_for(args, {name: trained_on[name] for name in ("mean", "std") if name in trained_on})
     run = Run(run_folder(args), flags.settings(args, source.identity))
     if run.finished():
         return
@@ -54,7 +60,7 @@ def train(args: Namespace) -> None:
     data = cifar.load(source, args, device)
     utils.set_up(args, device)
 
-    model = model_dict[args.arch](num_classes=len(source.classes))
+    model = build(args.arch, len(source.classes), source.side, bool(args.pretrained))
     check_network(model, args.arch, len(source.classes), source.side)
     run.start(device, images=source.counts, **utils.sizes(source.side, model))
     model.to(device, memory_format=cifar.LAYOUT)
@@ -83,7 +89,8 @@ def train(args: Namespace) -> None:
 
 def run_folder(args: Namespace) -> Path:
     """experiments/teacher_…"""
-    return Path(args.experiments) / f"teacher_{args.arch}{flags.data_name(args)}_seed{args.seed}"
+    start = "_pretrained" if args.pretrained else ""
+    return Path(args.experiments) / f"teacher_{folder_name(args.arch)}{start}{flags.data_name(args)}_seed{args.seed}"
 
 
 def make_loss(model: nn.Module, autocast: Callable) -> Callable:
@@ -102,7 +109,7 @@ def evaluate(args: Namespace) -> None:
     """Prints the test accuracy of any checkpoint that `models.load` reads."""
     found = checkpoint.read(args.evaluate, args.arch)
     source = sources.read_for(args, found.about, found.file, train=False)
-    model = found.network(len(source.classes))
+    model = found.network(len(source.classes), source.side)
     device = utils.pick_device(args.gpu_id)
     images = cifar.test_images(source, args, device)
     model.to(device, memory_format=cifar.LAYOUT)

@@ -31,6 +31,7 @@ from harness.files import alone, digest, read_state, restoring, save
 from harness.flags import Fault, UserError, warn
 from harness.progress import Progress
 from harness.record import refuse_unfinished
+from harness.sources import Source, read_for
 from utils import evaluate, precision
 from wrapper import classifier
 
@@ -39,14 +40,20 @@ DEPENDS = "t_epoch", "t_lr", "t_milestones", "gamma", "momentum", "weight_decay"
 DEPENDS += "deterministic", "tf32", "train_size", "test_size", "few_shot", "val_fraction"
 
 
-def load_teacher(path: str, arch: str | None) -> checkpoint.Checkpoint:
-    """The checkpoint at `path`: a finished run's folder or a file; `arch` as in `harness.checkpoint.read`.
+def read_teacher(args: Namespace) -> tuple[checkpoint.Checkpoint, Source, nn.Module, dict[str, Any]]:
+    """The teacher of `--t-path`, a finished run's folder or a checkpoint, and its data.
+
+    Returns:
+        Its checkpoint, the data set as it needs it, its network (on the CPU), and what a run records of both.
 
     Raises:
-        UserError: the run is not finished; there is no checkpoint, or it can't be read.
+        UserError: the run is not finished; the checkpoint or the data set can't be read, or don't fit each other.
     """
-    refuse_unfinished(Path(path))
-    return checkpoint.read(path, arch)
+    refuse_unfinished(Path(args.t_path))
+    found = checkpoint.read(args.t_path, args.t_arch)
+    source = read_for(args, found.about, found.file)
+    network = found.network(len(source.classes), source.side)
+    return found, source, network, source.identity | {"teacher": fingerprint(network)}
 
 
 def fingerprint(network: nn.Module) -> str:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental import optimization
 
-from harness.flags import UserError
+from models.foreign import check_contract, refusing
 
 
 class Output(NamedTuple):
@@ -111,22 +111,8 @@ def check_network(network: nn.Module, arch: str, classes: int, side: int) -> Non
     Leaves it in eval mode, otherwise as it was.
 
     Raises:
-        UserError: logits, features or classifier are not as `Wrapper` needs them.
+        NetworkError: logits, features or classifier are not as `Wrapper` needs them.
     """
-    images = torch.linspace(-1, 1, 2 * 3 * side * side).view(2, 3, side, side)
-    try:
-        logits = network.eval()(images)
-        features, same = network(images, is_feat=True, preact=False)
-        width = features[-1].shape[1:]
-        frozen(network)(images)  # as a teacher it has to run without gradients, too
-    except Exception as error:  # whatever the network's own code raises
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{arch} fails on two images, with is_feat=True or without: {reason}") from error
-    if logits.shape != (2, classes) or not torch.allclose(logits, same, rtol=1e-3, atol=1e-4):
-        shapes = f"{tuple(logits.shape)}, {tuple(same.shape)}"
-        raise UserError(f"{arch}: logits with and without is_feat=True should both be (2, {classes}): {shapes}")
-    linear = [module for module in network.modules() if isinstance(module, nn.Linear)]
-    if not linear or width != (linear[-1].in_features,) or linear[-1].out_features != classes:
-        raise UserError(f"{arch}: its last nn.Linear is no classifier of features[-1], {tuple(width)} per image")
-    if not torch.allclose(linear[-1](features[-1]), logits, rtol=1e-3, atol=1e-4):
-        raise UserError(f"{arch}: its logits are not what its last nn.Linear gives for features[-1]")
+    with refusing(f"{arch} fails on two images, with is_feat=True or without"):
+        check_contract(network, classes, side)
+        frozen(network)(torch.zeros(2, 3, side, side))  # as a teacher it has to run without gradients, too

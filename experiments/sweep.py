@@ -17,6 +17,7 @@ import importlib
 import itertools
 import json
 import os
+import re
 import shlex
 import signal
 import sys
@@ -39,15 +40,18 @@ from harness.flags import LOW_RATE, Parser, UserError, data_name, number, settin
 from harness.record import Run, Stopped, entry
 from harness.sources import read_for
 from methods import METHODS
-from teacher_store import fingerprint, load_teacher
+from models import folder_name, is_own
+from teacher_store import read_teacher
 
 SCRIPTS = {"teacher.py": teacher.parse_args, "student.py": student.parse_args, "baseline.py": baseline.parse_args}
 NO_TF = {"--tf-weight": ["0"], "--tf-T": None, "--ratio-tf": None}
 NO_SS = {"--ss-weight": ["0"], "--ss-T": None, "--ratio-ss": None}
 # flags that can't be the same for all runs
 OF_ONE_RUN = {"--seed", "--method", "--experiments", "--arch", "--s-arch", "--t-path", "--gpu-id", "--export"}
+OF_ONE_RUN |= {"--pretrained"}
 
-OF_DATA = "dataset", "data_root", "data_url", "side", "train_size", "test_size"  # the flags that `read_for` reads
+# the flags that `read_for` and `read_teacher` read
+OF_DATA = "dataset", "data_root", "data_url", "side", "train_size", "test_size", "t_path", "t_arch"
 
 REPORT = 60  # seconds between two reports of progress
 RETRIES = 20  # how often Ray restarts a run whose worker or node died
@@ -107,7 +111,8 @@ def parse_args(argv: list[str] | None) -> Namespace:
     if args.part == "teachers":
         args.methods = [method for method in args.methods if method == "alone"]
     published = [pair for name in chosen for pair in tables[name]["pairs"]]
-    args.pairs = [pair.partition(":")[::2] for pair in args.pairs] if args.pairs else published
+    # split at the colon between the networks, not at that of FILE.py:CLASS; the student is "" if there is none
+    args.pairs = [[*re.split(r"(?<!\.py):", pair, maxsplit=1), ""][:2] for pair in args.pairs or ()] or published
     # Here every value is a list of words; the scripts check them in `commands`.
     scripts = Parser("All flags of the scripts; their own --help explains them")
     for flag in sorted(set().union(*(flags_of(known_methods()[method][0]) for method in ("teacher", *args.methods)))):
@@ -142,11 +147,12 @@ def make_jobs(args: Namespace) -> dict[str, Job]:
     for method, seed, (t_arch, s_arch) in itertools.product(methods, args.seeds, args.pairs):
         t_seed = seed if args.teacher_seed is None else args.teacher_seed
         path = teacher_folder(args, t_arch, t_seed)
-        name, networks, needed = f"{method}_{s_arch}_seed{seed}", ["--arch", s_arch], ""
+        name, networks, needed = f"{method}_{folder_name(s_arch)}_seed{seed}", ["--arch", s_arch], ""
         if method == "teacher":
             name, networks, seed = path.name, ["--arch", t_arch], t_seed
         elif method != "alone":
             name, networks, needed = f"{name}_{path.name}", ["--t-path", str(path), "--s-arch", s_arch], path.name
+            networks = ["--t-arch", t_arch, *networks] if is_own(t_arch) else networks
         for folder, command in commands(args, method, networks, seed):
             full = f"{folder}_{name}" if folder else name
             jobs[full] = Job(command, args.experiments / "logs" / f"{full}.log", needed)
@@ -157,6 +163,7 @@ def teacher_folder(args: Namespace, arch: str, seed: int) -> Path:
     """The folder of a teacher: the one that its run makes or, in `--teachers`, one with another usual name."""
     fraction = args.flags.get("--val-fraction")
     held_out = data_name(teacher.parse_args(["--arch", arch, "--val-fraction", *fraction])) if fraction else ""
+    arch = folder_name(arch)
     names = [f"teacher_{arch}{held_out}_seed{seed}"]
     if not args.teachers:
         return args.experiments / names[0]
@@ -214,13 +221,12 @@ def result_of(script: str, *words: str) -> str | None:
         folder = module.run_folder(args, teacher_name(find_checkpoint(args.t_path)))
     if not (folder / "result.json").exists():
         return None
-    of_data = tuple((name, getattr(args, name)) for name in OF_DATA)
-    identity = identity_of(of_data, getattr(args, "t_path", None), getattr(args, "t_arch", None))
+    identity = identity_of(tuple((name, getattr(args, name, None)) for name in OF_DATA))
     return Run(folder, settings(args, identity)).result
 
 
 @functools.cache
-def identity_of(of_data: tuple, t_path: str | None, t_arch: str | None) -> dict[str, Any]:
+def identity_of(of_data: tuple[tuple[str, Any], ...]) -> dict[str, Any]:
     """What a run records of its data and its teacher; nothing if they can't be read here."""
     args = Namespace(**dict(of_data))
     with (
@@ -228,11 +234,7 @@ def identity_of(of_data: tuple, t_path: str | None, t_arch: str | None) -> dict[
         contextlib.redirect_stdout(None),  # what a run says of its data
         contextlib.redirect_stderr(None),
     ):
-        if t_path is None:
-            return read_for(args, about={}).identity
-        found = load_teacher(t_path, t_arch)
-        source = read_for(args, found.about, found.file)
-        return source.identity | {"teacher": fingerprint(found.network(len(source.classes)))}
+        return read_for(args, about={}).identity if args.t_path is None else read_teacher(args)[-1]
     return {}
 
 

@@ -26,9 +26,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from harness.fetch import local
 from harness.files import kind_of
 from harness.flags import UserError
-from models import model_dict
+from models import LIBRARIES, build, is_own, model_dict
 
 _SUFFIXES = ("", ".pth", ".pt", ".tar", ".ckpt", ".bin", ".safetensors")
 _NOT_NETWORKS = ("last.pth", "ss_head_", "features_")  # what a run saves beside its networks
@@ -55,23 +56,25 @@ class Checkpoint(NamedTuple):
     """The content of a checkpoint file."""
 
     file: Path
-    arch: str  # a key of model_dict
+    arch: str  # a name that `models.build` knows
     about: dict[str, Any]  # what the checkpoint says about itself; empty if it comes from elsewhere
     acc: float | None  # the test accuracy it reports: in percent, but some repositories save a fraction
     state: dict[str, Tensor]  # the weights, under the names in the file
 
-    def network(self, num_classes: int | None = None) -> nn.Module:
+    def network(self, num_classes: int | None = None, side: int | None = None) -> nn.Module:
         """The plain network (CPU, float32) with these weights; draws no random number.
 
         Args:
             num_classes: the number of classes; by default the checkpoint's, or 100 if it does not say.
+            side: of the images, in pixels; by default the checkpoint's, or 32.
 
         Raises:
             UserError: the weights don't fit, or are not finite.
+            NetworkError: as `models.build` says.
         """
         classes = self.about.get("classes", 100) if num_classes is None else num_classes
         with torch.random.fork_rng(devices=[]):
-            network = model_dict[self.arch](num_classes=classes)
+            network = build(self.arch, classes, side or self.about.get("side", 32))
         own, children = network.state_dict().keys(), dict(network.named_children())
         parameters = dict(network.named_parameters())
         weights = self._unwrapped(first=next(iter(own)))
@@ -141,12 +144,13 @@ def find_checkpoint(path: str | Path) -> Path:
     """The checkpoint at `path`: the file itself; in a folder, the one with 'best' in its name, else the only one.
 
     A folder is searched before its `ckpt/`. The shortest name comes first, then the first in alphabetical order.
+    An address or a library's weights are fetched first, see `harness.fetch`.
 
     Raises:
         UserError: there is none, or there are several and none is called best.
         OSError: the folder can't be read.
     """
-    path = Path(path)
+    path = local(str(path), check=_load)
     if path.is_file():
         return path
     if not path.is_dir():
@@ -239,14 +243,16 @@ def _kind_of_archive(data: bytes) -> str | None:
 def _choose_arch(file: Path, told: object, arch: str | None) -> str:
     """The network's name: `told` by the checkpoint, else `arch`, else from the name of the file or folder."""
     known = ", ".join(model_dict)
-    if arch is not None and arch not in model_dict:
-        raise UserError(f"{file}: the network '{arch}' is unknown; give one of: {known}")
+    if arch is None and isinstance(told, str) and is_own(told):  # a file must not run code that its user does not name
+        flags = f"--t-arch {told} (--s-arch beside --s-path, --arch in teacher.py)"
+        raise UserError(f"{file}: its network is the class {told}, which runs only if you name it, too: give {flags}")
     folder = run_folder_of(file).name
     if file.name == "teacher.pth" and "_student_" in folder:  # a student's folder ends with its teacher's
         folder = re.sub(r".*?_seed\d+_", "", folder, count=1)
     words = {"the checkpoint says": told, "the flag says": arch}
     words["its name says"] = _arch_in_name(file.name) or _arch_in_name(folder)
-    words = {says: word for says, word in words.items() if isinstance(word, str) and word in model_dict}
+    words = {says: word for says, word in words.items() if isinstance(word, str) and (word == arch or not is_own(word))}
+    words = {says: word for says, word in words.items() if word in (*model_dict, arch) or word.startswith(LIBRARIES)}
     if not words:
         own = f"its key 'arch' says '{told}', which is unknown here" if told else "it has no key 'arch'"
         raise UserError(

@@ -81,6 +81,6 @@ def export(found: Checkpoint, args: argparse.Namespace) -> None:
     about, file = found.about, Path(args.export)
     if not {"classes", "mean", "std", "side"} <= about.keys():
         about = read_for(args, about, found.file).about | about
-    network = found.network(about["classes"])
+    network = found.network(about["classes"], about["side"])
     write_atomically(file, exported(network, {"arch": found.arch} | about, file.suffix == ".onnx"))
     print(f"exported: {file}, read back and checked; it takes RGB pixels in [0, 1] and normalises them", flush=True)

@@ -11,10 +11,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
-from models import model_dict
+from models import NetworkError, check_name, model_dict
 
 DATASETS = ("cifar100", "cifar10", "synthetic", "folder")
 SIDES = (32, 64)
+OTHER_NETWORKS = "or timm.NAME, torchvision.NAME, or in a file of your own FILE.py:CLASS"
 LOW_RATE = ("MobileNetV2", "ShuffleV1", "ShuffleV2")  # published with --lr 0.01, all other networks with 0.05
 # flags that don't affect the result; of --t-features only whether features are stored, which `settings` records
 HARMLESS = {"gpu_id", "data_root", "data_url", "experiments", "evaluate", "t_path", "t_arch", "s_path", "export"}
@@ -114,6 +115,15 @@ def number(kind: type, low: float, high: float = 10**9, above: bool = False) -> 
     return parse
 
 
+def network(name: str) -> str:
+    """An argparse type: the name of a network that `models.build` knows."""
+    try:
+        check_name(name, model_dict)
+    except NetworkError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return name
+
+
 # --------------------------------------------------------------------------------------------------- the shared flags
 
 
@@ -178,12 +188,14 @@ def add_source(add: Callable) -> None:
 def add_networks(parser: Parser) -> Callable:
     """Adds the flags of teacher and student; returns the function that adds more flags to their group."""
     add = parser.add_argument_group("networks").add_argument
-    add("--t-path", help="the teacher: a run folder of teacher.py, or a checkpoint file")
-    add("--t-arch", choices=model_dict, metavar="NETWORK", help="the teacher's network, if its checkpoint has no name")
+    where = "the teacher: a run folder of teacher.py, or a checkpoint's file or address (https://…), or timm.NAME or "
+    add("--t-path", help=f"{where}torchvision.NAME for the weights that the library has")
+    add("--t-arch", type=network, metavar="NETWORK", help="the teacher's network, if its checkpoint has no name")
     stored = "compute the teacher's features in every step, or compute each view once and keep it: in memory, or on "
     stored += "disk beside the teacher, shared by all its students (50,000 images: 4 GB for 64 features)"
     add("--t-features", choices=["compute", "memory", "disk"], default="compute", help=stored)
-    add("--s-arch", choices=model_dict, metavar="NETWORK", help=f"the student's network: {', '.join(model_dict)}")
+    known = f"{', '.join(model_dict)}; {OTHER_NETWORKS}"
+    add("--s-arch", type=network, metavar="NETWORK", help=f"the student's network: {known}")
     add("--export", metavar="FILE", help="export the student, for pixels in [0, 1]: .pt2 (torch.export) or .onnx")
     return add
 

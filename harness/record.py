@@ -34,6 +34,7 @@ from torch import Tensor
 
 from harness.files import digest, lock, plain, read_state, restoring, save, write_atomically
 from harness.flags import Fault, UserError, tell, warn
+from models import NetworkError
 
 CONDITIONS = (
     "commit",
@@ -75,7 +76,7 @@ def entry(main: Callable) -> Callable:
                 stream.reconfigure(errors="backslashreplace")  # not every terminal has a λ, or the letters of a path
         try:
             return main(argv)
-        except UserError as error:
+        except (UserError, NetworkError) as error:
             status, line = 2, f"error: {error}"
         except RuntimeError as error:
             if type(error).__name__ in ("InductorError", "BackendCompilerFailed"):

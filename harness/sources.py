@@ -141,7 +141,9 @@ class Source:
 
 def _check(about: Mapping[str, Any], key: str, here: int, what: str, name: str, file: Path | None) -> None:
     if (there := about.get(key, here)) != here:
-        raise UserError(f"{file}: it was trained on {about.get('dataset')}, {there} {what}; {name} has {here}")
+        raise UserError(
+            f"{file}: it was trained on {about.get('dataset', 'other images')}, {there} {what}; {name} has {here}"
+        )
 
 
 def read(

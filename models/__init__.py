@@ -1,12 +1,13 @@
 """The model zoo: 25 networks for 3x32x32 images, with the names, initial values and outputs of the published code.
 
-    from models import load, model_dict
+    from models import build, load, model_dict
 
     model = model_dict["wrn_40_2"](num_classes=100)
     logits = model(x)                                 # (N, 3, 32, 32) -> (N, 100)
     features, logits = model(x, is_feat=True)         # features[-1]: (N, D), the classifier's input
     features, logits = model(x, is_feat=True, preact=True)  # features before the last ReLU of their stage
     teacher = load("experiments/teacher_wrn_40_2_seed0")
+    model = build("timm.resnet18", num_classes=100)   # one of the zoo, timm.NAME, torchvision.NAME or FILE.py:CLASS
 
 All keep channels_last if given it, and can be traced by torch.fx and torch.compile.
 """
@@ -16,6 +17,8 @@ from pathlib import Path
 
 from torch import nn
 
+from . import foreign
+from .foreign import LIBRARIES, NetworkError, check_name, is_own, weights_of
 from .mobilenetv2 import MobileNetV2
 from .resnet import ResNet
 from .resnet50 import ResNet50
@@ -24,7 +27,8 @@ from .shufflenetv2 import ShuffleNetV2
 from .vgg import VGG
 from .wrn import WideResNet
 
-__all__ = ["load", "model_dict"]
+__all__ = ["LIBRARIES", "NetworkError", "build", "check_name", "folder_name", "is_own", "load", "model_dict"]
+__all__ += ["weights_of"]
 
 _X1, _X4, _X05, _X0375 = (16, 16, 32, 64), (32, 64, 128, 256), (8, 8, 16, 32), (6, 6, 12, 24)
 
@@ -55,6 +59,25 @@ model_dict = {
     "ShuffleV1": ShuffleNetV1,
     "ShuffleV2": ShuffleNetV2,
 }
+
+
+def build(name: str, num_classes: int = 100, side: int = 32, pretrained: bool = False) -> nn.Module:
+    """A new network for images of `side` pixels: of the zoo, or timm.NAME, torchvision.NAME, FILE.py:CLASS.
+
+    With `pretrained` it has the library's weights, but for the classifier if the number of classes is another one.
+
+    Raises:
+        NetworkError: the name is unknown, the network doesn't fit, or its weights can't be had.
+    """
+    if name in model_dict:
+        return model_dict[name](num_classes=num_classes)
+    check_name(name, model_dict)
+    return foreign.build(name, num_classes, side, pretrained)
+
+
+def folder_name(name: str) -> str:
+    """A network's name as a part of a folder's: dir/mine.py:Net is mine.Net there."""
+    return name.rpartition("/")[2].replace(".py:", ".")
 
 
 def load(path: str | Path, arch: str | None = None, num_classes: int | None = None) -> nn.Module:

@@ -149,8 +149,8 @@ def test_teacher_and_student_hold_the_same_images_out(listed, tmp_path, fails):
     ("words", "says"),
     [
         (["nope"], "invalid choice: 'nope'"),
-        (["--pairs", "resnet20:resnet9"], "--s-arch: invalid choice: 'resnet9'"),
-        (["--pairs", "resnet20"], "--s-arch: invalid choice: ''"),
+        (["--pairs", "resnet20:resnet9"], "--s-arch: the network 'resnet9' is unknown"),
+        (["--pairs", "resnet20"], "--s-arch: the network '' is unknown"),
         (["similar", "--amp", "bf16"], "unrecognized arguments: --amp bf16"),
         (["--teacher-seed", "1", "--", "--val-fraction", "0.1"], "--val-fraction: students of other seeds"),
         (["--grid", "ratio-ss"], "--grid: give a flag and its values"),

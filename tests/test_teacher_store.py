@@ -27,8 +27,8 @@ from harness.checkpoint import Checkpoint
 from harness.files import read_state
 from harness.flags import Fault, UserError
 from harness.sources import STATISTICS, Split
-from models import model_dict
-from teacher_store import SSHeadFile, doubt_about, fingerprint, load_teacher, report_teacher
+from models import load, model_dict
+from teacher_store import SSHeadFile, doubt_about, fingerprint, read_teacher, report_teacher
 from wrapper import Wrapper, frozen
 
 CPU = torch.device("cpu")
@@ -55,7 +55,7 @@ def copy_of(teacher, folder):
 def test_an_unfinished_teacher_is_refused(runs, tmp_path):
     shutil.copy(runs.teacher / "config.json", copy_of(runs.teacher, tmp_path))
     with pytest.raises(UserError, match="this run is not finished"):
-        load_teacher(str(tmp_path / runs.teacher.name), None)
+        read_teacher(SimpleNamespace(t_path=tmp_path / runs.teacher.name, t_arch=None))
 
 
 def test_the_fingerprint_is_that_of_the_weights():
@@ -127,7 +127,7 @@ def test_a_student_records_its_teacher_and_accepts_one_that_has_moved(runs, tmp_
     assert result["teacher"] == config["starts"][0]["teacher"]
     assert result["teacher"]["acc"] == acc and result["teacher"]["arch"] == "resnet8"
     assert Path(result["teacher"]["path"]).name == path.name
-    assert config["flags"]["teacher"] == fingerprint(load_teacher(str(path), None).network())
+    assert config["flags"]["teacher"] == fingerprint(load(path))
     moved = copy_of(runs.teacher, tmp_path)
     student.main(["--t-path", str(moved), *TINY_STUDENT, "--experiments", str(runs.student.parent)])
     assert "is finished" in capsys.readouterr().out

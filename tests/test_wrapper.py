@@ -6,7 +6,6 @@ from oracle import fill
 from torch import nn
 
 import models
-from harness.flags import UserError
 from wrapper import Wrapper, check_network, classifier, frozen
 
 ONE_A_FAMILY = ("resnet8", "ResNet50", "wrn_16_2", "vgg8", "MobileNetV2", "ShuffleV1", "ShuffleV2")
@@ -122,7 +121,7 @@ class Small(nn.Module):
     ],
 )
 def test_a_network_that_no_student_can_learn_from_is_refused(lacking, classes, words):
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(models.NetworkError, match=words):
         check_network(fill(Small(lacking)), "mine", classes, 32)
 
 
