@@ -1,11 +1,13 @@
 """Images above 64 pixels, read from their files while a network trains: decoded, cropped and handed over as bytes.
 
-Worker processes decode each image once and cut one random crop from it; flip, rotations and normalisation follow on the
-device. So the four views of an image cost one decoding. All draws follow from (seed, phase, epoch, image): any number of
-workers gives the same batches, and so does a resumed run.
+Worker processes decode each image once and cut one random crop from it; flip, rotations and normalisation follow on
+the device. So the four views of an image cost one decoding. All draws follow from (seed, phase, epoch, image): any
+number of workers gives the same batches, and so does a resumed run.
 """
 
+import contextlib
 import ctypes
+import io
 import math
 import os
 import random
@@ -17,6 +19,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from PIL import ExifTags, Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.io import decode_jpeg
@@ -106,13 +109,16 @@ class Photographs(Images):
                     generator=torch.Generator(),  # else it draws from the one that dropout uses
                 )
             )
-        for batch in batches:
-            parts = [next(loader) for _ in batch.split(CHUNK)]
-            for error in parts:
-                if isinstance(error, Exception):
-                    raise error
-            yield torch.cat([part.to(self.device, non_blocking=True) for part in parts])
-        next(loader, None)  # ends the workers
+        try:
+            for batch in batches:
+                parts = [next(loader) for _ in batch.split(CHUNK)]
+                for error in parts:
+                    if isinstance(error, Exception):
+                        raise error
+                yield torch.cat([part.to(self.device, non_blocking=True) for part in parts])
+            next(loader, None)  # ends the workers
+        finally:
+            del loader  # ends them after an error, too, although its traceback still holds this frame
 
 
 class Crops(Dataset):
@@ -140,6 +146,7 @@ class Crops(Dataset):
 def end_with_parent(worker: int) -> None:
     """Prepares a worker process: it leaves Ctrl-C to its parent, and ends with it even if that is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))  # another status would look like a fault of its own
     if sys.platform == "linux":  # a forked worker also holds its parent's locks, which the next start needs
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # libjpeg's remarks on images that it can read
@@ -154,14 +161,20 @@ def decode(path: Path) -> Tensor:
         UserError: it can't be read; names it.
     """
     content = path.read_bytes()
-    if content.startswith(b"\xff\xd8") and not (b"Exif" in content or b"tiff:Orientation" in content):
-        try:
+    with contextlib.suppress(Exception):  # Pillow decides what is damaged
+        if content.startswith(b"\xff\xd8") and upright(content):
             image = decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8))
-        except RuntimeError:
-            image = []  # damaged, or of a rare kind
-        if len(image) in (1, 3):  # 4: CMYK
-            return image.expand(3, -1, -1)
+            if len(image) < 4:  # else CMYK
+                return image.expand(3, -1, -1)
     return tvf.pil_to_tensor(folders.picture(path))
+
+
+def upright(jpeg: bytes) -> bool:
+    """Whether the pixels of a JPEG file lie as it is to be looked at."""
+    if b"Exif" not in jpeg and b"tiff:Orientation" not in jpeg:  # asking Pillow takes longer
+        return True
+    with Image.open(io.BytesIO(jpeg)) as image:
+        return image.getexif().get(ExifTags.Base.Orientation, 1) == 1
 
 
 def crop(image: Tensor, side: int, seed: int) -> Tensor:

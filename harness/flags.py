@@ -16,6 +16,8 @@ from models import model_dict
 DATASETS = ("cifar100", "cifar10", "synthetic", "folder")
 SIDES = tuple(range(32, 385, 32))
 STORED = 64  # images up to this side are decoded once and kept on the device, larger ones stay in their files
+IMAGENET = "ImageNet: --dataset folder --side 224 --epoch 100 --milestones 30 60 90 --lr 0.1 --weight-decay 1e-4 "
+IMAGENET += "--batch-size 256, and for a student --ce-weight 1; see docs/photographs.md"
 LOW_RATE = ("MobileNetV2", "ShuffleV1", "ShuffleV2")  # published with --lr 0.01, all other networks with 0.05
 # flags that don't affect the result; of --t-features only whether features are stored, which `settings` records
 HARMLESS = {"gpu_id", "data_root", "data_url", "workers", "experiments", "evaluate", "t_path", "t_arch", "s_path"}
@@ -121,7 +123,7 @@ def number(kind: type, low: float, high: float = 10**9, above: bool = False) -> 
 
 def make_parser(description: str) -> Parser:
     """A parser of the flags that teacher.py, student.py and baseline.py share."""
-    parser = Parser(description)
+    parser = Parser(description, epilog=IMAGENET)
     positive, count = number(float, 0, above=True), number(int, 1)
 
     add = parser.add_argument_group("optimisation (SGD; the learning rate falls at milestones)").add_argument
@@ -177,10 +179,8 @@ def add_source(add: Callable) -> None:
     add("--dataset", choices=DATASETS, help=which)
     add("--data-root", default="./data", metavar="DIR", help="the folder of the data sets")
     add("--data-url", metavar="URL", help="download the archive from here (https or file://); its md5 is checked")
-    side = (
-        "with --dataset folder: side of the images in pixels, a multiple of 32 up to 384; above 64 they are read from "
-    )
-    side += "their files while training, and cropped at random (default: the checkpoint's, else 32)"
+    side = "with --dataset folder: side of the images in pixels, a multiple of 32 up to 384; above 64 they are read "
+    side += "from their files while training, in random crops (default: the checkpoint's, else 32)"
     add("--side", type=int, choices=SIDES, metavar="PIXELS", help=side)
     read = "processes that read images above 64 pixels; 0 reads them in the script's own process"
     add("--workers", type=number(int, 0, 256), default=min(8, cores()), metavar="N", help=read)
