@@ -7,7 +7,6 @@ number of workers gives the same batches, and so does a resumed run.
 
 import contextlib
 import ctypes
-import io
 import math
 import os
 import random
@@ -19,10 +18,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import ExifTags, Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.io import decode_jpeg
+from torchvision import io
 from torchvision.transforms import functional as tvf
 
 from cifar import LAYOUT, Batch, Images, seeded
@@ -59,10 +57,7 @@ class Photographs(Images):
         self.mean, self.std = (torch.tensor(values).to(device) for values in statistics)
 
     def batches(self, phase: str, epoch: int, views: int) -> Iterator[Batch]:
-        """A training epoch, whose last batch may be smaller.
-
-        `views` is 1 (crop and flip) or 4 (the same crop and flip, rotated by 0, 90, 180, 270 degrees).
-        """
+        """A training epoch, whose last batch may be smaller; 4 `views` are one crop and flip, rotated."""
         generator = seeded(self.seed, phase, epoch)
         order = torch.randperm(len(self), generator=generator)
         flip = torch.randint(2, (len(self),), generator=generator)
@@ -131,15 +126,13 @@ class Crops(Dataset):
         """Rows (n,), seeds (n,) → (n, side, side, 3) uint8. An error is returned: raised, it would lose its type."""
         rows, seeds = task
         pixels = torch.empty(len(rows), self.side, self.side, 3, dtype=torch.uint8)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd metadata
-            for i, row in enumerate(rows.tolist()):
-                try:
-                    image = decode(Path(os.fsdecode(self.paths[row])))
-                except (UserError, OSError) as error:
-                    return error
-                cut = centre(image, self.side) if seeds is None else crop(image, self.side, int(seeds[i]))
-                pixels[i] = cut.permute(1, 2, 0)
+        for i, row in enumerate(rows.tolist()):
+            try:
+                image = decode(Path(os.fsdecode(self.paths[row])))
+            except (UserError, OSError) as error:
+                return error
+            cut = centre(image, self.side) if seeds is None else crop(image, self.side, int(seeds[i]))
+            pixels[i] = cut.permute(1, 2, 0)
         return pixels
 
 
@@ -153,28 +146,24 @@ def end_with_parent(worker: int) -> None:
 
 
 def decode(path: Path) -> Tensor:
-    """An image file as (3, H, W) uint8, with the meaning of folders.py; channels last.
+    """An image file as (3, H, W) uint8, with the meaning that folders.py gives it.
 
-    torchvision decodes an upright JPEG file twice as fast as Pillow, to the same pixels; Pillow decodes all others.
+    torchvision decodes JPEG files twice as fast as Pillow, to the same pixels. Pillow decodes all other files, and JPEG
+    files that may have to be turned, and says which are damaged. torchvision 0.29 announced that its decoder will be
+    removed; Pillow will then decode all files.
 
     Raises:
         UserError: it can't be read; names it.
     """
     content = path.read_bytes()
-    with contextlib.suppress(Exception):  # Pillow decides what is damaged
-        if content.startswith(b"\xff\xd8") and upright(content):
-            image = decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8))
-            if len(image) < 4:  # else CMYK
-                return image.expand(3, -1, -1)
-    return tvf.pil_to_tensor(folders.picture(path))
-
-
-def upright(jpeg: bytes) -> bool:
-    """Whether the pixels of a JPEG file lie as it is to be looked at."""
-    if b"Exif" not in jpeg and b"tiff:Orientation" not in jpeg:  # asking Pillow takes longer
-        return True
-    with Image.open(io.BytesIO(jpeg)) as image:
-        return image.getexif().get(ExifTags.Base.Orientation, 1) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of odd metadata, and of that removal
+        if content.startswith(b"\xff\xd8") and b"Exif" not in content and b"Orientation" not in content:
+            with contextlib.suppress(RuntimeError, AttributeError):  # damaged; removed
+                image = io.decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8))
+                if len(image) < 4:  # else CMYK
+                    return image.expand(3, -1, -1)
+        return tvf.pil_to_tensor(folders.picture(path))
 
 
 def crop(image: Tensor, side: int, seed: int) -> Tensor:
@@ -208,14 +197,10 @@ def resize(image: Tensor, height: int, width: int) -> Tensor:
 
 
 def check(source: Source, workers: int) -> None:
-    """Decodes all images of a data set in files.
-
-    Raises:
-        UserError: an image can't be read; names it.
-    """
+    """Decodes all images of a data set. Raises UserError if one can't be read, and names it."""
     for name in ("train", "val", "test"):
         if (split := getattr(source, name)) is not None:
-            images = Photographs(split, (source.mean, source.std), "cpu", CHUNK, workers=workers)
+            images = Photographs(split, (source.mean, source.std), "cpu", workers=workers)
             with Progress(len(images), f"reading {name}", "images") as progress:
-                for pixels in images.read(torch.arange(len(images)).split(CHUNK)):
-                    progress.add(len(pixels))
+                for batch in images.test_batches(views=1):
+                    progress.add(len(batch.target))

@@ -66,7 +66,7 @@ def test_any_number_of_workers_gives_the_same_batches_and_every_epoch_others(roo
         assert all(map(torch.equal, epoch(images(root, workers)), (x, target, rows)))
     for other in (epoch(images(root), number=2), epoch(images(root), "first"), epoch(images(root, seed=1))):
         assert not torch.equal(other[2], rows)
-        assert not torch.equal(*(some[1][some[0].argsort()] for some in ((rows, x[::4]), (other[2], other[0][::4]))))
+        assert not torch.equal(other[0][::4][other[2] == 0], x[::4][rows == 0])  # the crop of image 0
 
 
 def test_the_views_of_an_image_are_one_crop_turned_and_flipped_half_the_time(root):
@@ -80,16 +80,9 @@ def test_the_views_of_an_image_are_one_crop_turned_and_flipped_half_the_time(roo
     assert 20 < flipped.sum() < 60
 
 
-def test_a_crop_is_what_torchvision_resizes(root):
-    image = photographs.decode(root / "train" / "cat" / "0.jpg")
-    got = photographs.crop(image, SIDE, 5)
-    expected = tvf.resized_crop(image, *photographs.crop_box(*image.shape[1:], random.Random(5)), [SIDE, SIDE])
-    assert (got.int() - expected.int()).abs().max() <= 1
-
-
 @pytest.mark.parametrize(("height", "width"), [(300, 400), (500, 100), (1, 9), (9, 1)])
 def test_crops_lie_as_torchvision_draws_them(height, width):
-    rng, image = random.Random(0), torch.zeros(3, height, width)
+    rng, image = random.Random(0), torch.randint(256, (3, height, width), dtype=torch.uint8)
     ours = torch.tensor([photographs.crop_box(height, width, rng) for _ in range(500)]).double()
     torch.manual_seed(0)
     theirs = [RandomResizedCrop.get_params(image, photographs.AREA, photographs.RATIO) for _ in range(500)]
@@ -98,6 +91,9 @@ def test_crops_lie_as_torchvision_draws_them(height, width):
     assert (ours.amin(0) - theirs.amin(0)).abs().max() <= 0.06 * max(height, width)
     assert (ours.mean(0) - theirs.mean(0)).abs().max() <= 0.04 * max(height, width)
     assert (ours.std(0) - theirs.std(0)).abs().max() <= 0.04 * max(height, width)
+    box = photographs.crop_box(height, width, random.Random(5))
+    resized = tvf.resized_crop(image, *box, [SIDE, SIDE])
+    assert (photographs.crop(image, SIDE, 5).int() - resized.int()).abs().max() <= 1
 
 
 def test_test_images_are_the_centres_of_resized_ones(root):
@@ -167,13 +163,6 @@ def test_the_fingerprint_is_of_paths_classes_and_sizes(root, tmp_path):
         change(moved / "train")
         prints.add(sources.read("folder", moved, SIDE).fingerprint)
     assert len(prints) == 4
-
-
-def test_more_than_a_thousand_images_are_sampled_evenly_for_the_moments(monkeypatch):
-    monkeypatch.setattr(folders, "decode", lambda files, side, what: np.array([[int(str(file))] for file in files]))
-    files = sources.Files(np.array([b"%d" % i for i in range(2500)]), torch.zeros(2500), SIDE, "")
-    rows = sources._sample_of(files).flatten()
-    assert len(rows) == 1000 and rows[0] == 0 and 2490 < rows[-1] < 2500 and set(rows.diff().tolist()) == {2, 3}
 
 
 # ---------------------------------------------------------------------------------------------------------------- runs
