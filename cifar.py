@@ -13,7 +13,7 @@ import math
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,7 @@ from torch import Tensor
 from harness import flags, sources
 from harness.flags import UserError, warn
 from harness.record import entry
-from harness.sources import SIDE, Source, Split
+from harness.sources import SIDE, Files, Source, Split
 
 LAYOUT = torch.channels_last  # of images and networks: convolutions are fastest in it
 
@@ -76,14 +76,14 @@ def window_rows(flip: Tensor, top: Tensor, left: Tensor, side: int = SIDE) -> Te
 
 def draw(count: int, views: int, seed: int, phase: str, epoch: int, side: int = SIDE) -> Draws:
     """The order, flips and crops of a training epoch over `count` images, from (seed, phase, epoch) alone."""
-    generator = _generator(seed, phase, epoch)
+    generator = seeded(seed, phase, epoch)
     order = torch.randperm(count, generator=generator)
     flip = torch.randint(2, (count, 1), generator=generator)  # shared by the views of an image
     top, left = torch.randint(2 * padding(side) + 1, (2, count, views), generator=generator)  # each view's own
     return Draws(order, window_rows(flip, top, left, side))
 
 
-def _generator(*names: int | str) -> torch.Generator:
+def seeded(*names: int | str) -> torch.Generator:
     """A generator whose numbers follow from the names alone."""
     digest = hashlib.sha256(" ".join(map(str, names)).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
@@ -113,7 +113,7 @@ def held_out(labels: Tensor, fraction: float, seed: int) -> Tensor:
 
 
 def _draw_of_each_class(labels: Tensor, seed: int, phase: str, share: Callable[[int], int]) -> Tensor:
-    order = torch.randperm(len(labels), generator=_generator(seed, phase))
+    order = torch.randperm(len(labels), generator=seeded(seed, phase))
     kept = []
     for label in labels.unique():
         members = order[labels[order] == label]
@@ -123,7 +123,7 @@ def _draw_of_each_class(labels: Tensor, seed: int, phase: str, share: Callable[[
 
 def label_noise(labels: Tensor, fraction: float, classes: int, seed: int) -> Tensor:
     """`labels` (N,) with exactly round(N · fraction) of them replaced by another class, drawn uniformly by the seed."""
-    generator = _generator(seed, "label noise")
+    generator = seeded(seed, "label noise")
     wrong = torch.randperm(len(labels), generator=generator)[: round(len(labels) * fraction)]
     noisy = labels.clone()
     noisy[wrong] = (labels[wrong] + torch.randint(1, classes, wrong.shape, generator=generator)) % classes
@@ -236,9 +236,18 @@ class Data(NamedTuple):
     about: dict  # what a checkpoint says of its data: see harness/checkpoint.py
 
 
-def _some(source: Source, args: Namespace, device: torch.device | str, split: Split, rows: Tensor) -> Images:
-    chosen = Split(split.pixels[rows], split.labels[rows])
-    return Images(chosen, (source.mean, source.std), device, args.batch_size, args.seed, rows)
+def images_of(split: Split | Files, *more: Any, workers: int = 0) -> Images:
+    """The images of a split; `more` is what `Images` takes beside it. `workers` processes read those in files."""
+    if isinstance(split, Files):
+        from photographs import Photographs  # which needs this module
+
+        return Photographs(split, *more, workers=workers)
+    return Images(split, *more)
+
+
+def _some(source: Source, args: Namespace, device: torch.device | str, split: Split | Files, rows: Tensor) -> Images:
+    more = (source.mean, source.std), device, args.batch_size, args.seed, rows
+    return images_of(split.some(rows), *more, workers=args.workers)
 
 
 def _check_size(source: Source, count: int, size: int | None, which: str) -> None:
@@ -299,6 +308,10 @@ def main(argv: list[str] | None = None) -> None:
     flags.add_source(parser.add_argument)
     args = parser.parse_args(argv)
     source = sources.read(args.dataset or "cifar100", args.data_root, args.side, args.data_url)
+    if isinstance(source.train, Files):
+        from photographs import check  # which needs this module
+
+        check(source, args.workers)
     mean, std = (" ".join(f"{x:.4f}" for x in values) for values in (source.mean, source.std))
     print(
         f"{source.name}: {len(source.train.labels):,} training and {len(source.test.labels):,} test images, "

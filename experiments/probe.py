@@ -59,22 +59,17 @@ def fit(x: Tensor, labels: Tensor, classes: int, decay: float) -> nn.Linear:
     return linear
 
 
-def probe(found: checkpoint.Checkpoint, source: sources.Source, decay: float, device: torch.device) -> float:
+def probe(found: checkpoint.Checkpoint, source: sources.Source, args: Namespace, device: torch.device) -> float:
     """Test accuracy (%) of the linear classifier on a network's frozen features of `source`."""
     # of what the network says of its own data, its classes do not matter
     own = {name: found.about[name] for name in ("dataset", "side", "mean", "std") if name in found.about}
     seen, network = source.seen_by(own, found.file), found.network()
-    train, test = (cifar.Images(split, (seen.mean, seen.std), device) for split in (seen.train, seen.test))
+    more = (seen.mean, seen.std), device
+    train, test = (cifar.images_of(split, *more, workers=args.workers) for split in (seen.train, seen.test))
     (_, x), (_, test_x) = (outputs(network, images) for images in (train, test))
     mean, std = x.mean(0), x.std(0).clamp(min=1e-6)  # a feature that is 0 for every image stays 0
-    linear = fit((x - mean) / std, train.labels, len(source.classes), decay)
+    linear = fit((x - mean) / std, train.labels, len(source.classes), args.decay)
     return utils.accuracy(linear((test_x - mean) / std), test.labels).item()
-
-
-def first(split: sources.Split, size: int | None) -> sources.Split:
-    """The first images of every class, `size` in all."""
-    rows = cifar.sample(split.labels, size)
-    return sources.Split(split.pixels[rows], split.labels[rows])
 
 
 @entry
@@ -87,9 +82,10 @@ def main(argv: list[str] | None = None) -> None:
         side = found.about.get("side") if args.dataset == "folder" else None
         if side not in of_side:
             source = sources.read_for(args, {} if side is None else {"side": side})
-            train, test = first(source.train, args.train_size), first(source.test, args.test_size)
-            of_side[side] = dataclasses.replace(source, train=train, test=test)
-        print(f"{probe(found, of_side[side], args.decay, device):6.2f} %  {path}", flush=True)
+            halves = {"train": (source.train, args.train_size), "test": (source.test, args.test_size)}
+            few = {half: split.some(cifar.sample(split.labels, size)) for half, (split, size) in halves.items()}
+            of_side[side] = dataclasses.replace(source, **few)
+        print(f"{probe(found, of_side[side], args, device):6.2f} %  {path}", flush=True)
 
 
 if __name__ == "__main__":

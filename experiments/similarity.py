@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> None:
 
     def outputs_of(found: checkpoint.Checkpoint, its: sources.Source) -> tuple[Tensor, Tensor]:
         """A network's outputs for the images as it was trained to see them; the classes in the teacher's order."""
-        images = cifar.Images(its.test, (its.mean, its.std), device)
+        images = cifar.images_of(its.test, (its.mean, its.std), device, workers=args.workers)
         logits, features = outputs(found.network(len(its.classes)), images)
         return logits[:, [its.classes.index(name) for name in source.classes]], features
 

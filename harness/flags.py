@@ -14,11 +14,15 @@ from typing import Any, NoReturn
 from models import NetworkError, check_name, model_dict
 
 DATASETS = ("cifar100", "cifar10", "synthetic", "folder")
-SIDES = (32, 64)
+SIDES = tuple(range(32, 385, 32))
+STORED = 64  # images up to this side are decoded once and kept on the device, larger ones stay in their files
 OTHER_NETWORKS = "or timm.NAME, torchvision.NAME, or in a file of your own FILE.py:CLASS"
+IMAGENET = "ImageNet: --dataset folder --side 224 --epoch 100 --milestones 30 60 90 --lr 0.1 --weight-decay 1e-4 "
+IMAGENET += "--batch-size 256, and for a student --ce-weight 1; see docs/photographs.md"
 LOW_RATE = ("MobileNetV2", "ShuffleV1", "ShuffleV2")  # published with --lr 0.01, all other networks with 0.05
 # flags that don't affect the result; of --t-features only whether features are stored, which `settings` records
-HARMLESS = {"gpu_id", "data_root", "data_url", "experiments", "evaluate", "t_path", "t_arch", "s_path", "export"}
+HARMLESS = {"gpu_id", "data_root", "data_url", "workers", "experiments", "evaluate", "t_path", "t_arch", "s_path"}
+HARMLESS |= {"export"}
 
 
 class UserError(Exception):
@@ -129,7 +133,7 @@ def network(name: str) -> str:
 
 def make_parser(description: str) -> Parser:
     """A parser of the flags that teacher.py, student.py and baseline.py share."""
-    parser = Parser(description)
+    parser = Parser(description, epilog=IMAGENET)
     positive, count = number(float, 0, above=True), number(int, 1)
 
     add = parser.add_argument_group("optimisation (SGD; the learning rate falls at milestones)").add_argument
@@ -173,6 +177,11 @@ def add_device(add: Callable) -> None:
     add("--gpu-id", type=number(int, 0), default=0, help="the CUDA device; without CUDA: Apple's MPS, else the CPU")
 
 
+def cores() -> int:
+    """How many processor cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def add_source(add: Callable) -> None:
     """Adds the flags that say which data set is read, and from where."""
     which = "folder: your own class folders; synthetic: generated images, for trying things out "
@@ -180,9 +189,11 @@ def add_source(add: Callable) -> None:
     add("--dataset", choices=DATASETS, help=which)
     add("--data-root", default="./data", metavar="DIR", help="the folder of the data sets")
     add("--data-url", metavar="URL", help="download the archive from here (https or file://); its md5 is checked")
-    side = "with --dataset folder: side of the images in pixels; resizes the shorter side, then crops the centre "
-    side += "(default: the checkpoint's, else 32)"
-    add("--side", type=int, choices=SIDES, help=side)
+    side = "with --dataset folder: side of the images in pixels, a multiple of 32 up to 384; above 64 they are read "
+    side += "from their files while training, in random crops (default: the checkpoint's, else 32)"
+    add("--side", type=int, choices=SIDES, metavar="PIXELS", help=side)
+    read = "processes that read images above 64 pixels; 0 reads them in the script's own process"
+    add("--workers", type=number(int, 0, 256), default=min(8, cores()), metavar="N", help=read)
 
 
 def add_networks(parser: Parser) -> Callable:

@@ -32,8 +32,9 @@ IDENTIFIED_ONLY = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}  # Pillow knows these 
 
 def suffixes() -> set[str]:
     """The suffixes, in lower case, of all formats that Pillow reads."""
+    extensions = Image.registered_extensions()  # loads all formats, so it comes first
     read = Image.OPEN.keys() - IDENTIFIED_ONLY | {"MPO"}  # Pillow opens MPO as JPEG
-    return {end for end, name in Image.registered_extensions().items() if name in read}
+    return {end for end, name in extensions.items() if name in read}
 
 
 # ------------------------------------------------------------------------------------------------------- which files
@@ -205,25 +206,33 @@ def square(path: Path, side: int) -> np.ndarray:
     """Any image as (side, side, 3) uint8: resizes its shorter side to `side`, then crops the centre.
 
     Raises:
+        UserError: as `picture` says.
+    """
+    return np.asarray(tvf.center_crop(tvf.resize(picture(path), side), side))
+
+
+def picture(path: Path) -> Image.Image:
+    """Any image in RGB, see `as_rgb`.
+
+    Raises:
         UserError: it can't be read, or the meaning of its pixels is not certain; names it.
     """
     content = path.read_bytes()
     try:
         try:
-            picture = as_rgb(content)
+            return as_rgb(content)
         except Exception:
             if not content.startswith(PNG):
                 raise
             try:
-                picture = as_rgb(without_metadata(content, b"eXIf"))
+                return as_rgb(without_metadata(content, b"eXIf"))
             except Exception:
-                picture = as_rgb(without_metadata(content))
+                return as_rgb(without_metadata(content))
     except Image.DecompressionBombError as error:
         raise UserError(f"{path} has more pixels than Pillow accepts ({error}): make it smaller") from error
     except Exception as error:  # Pillow raises many kinds for damaged files
         reason = kind_of(content) or " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{path} cannot be read as an image ({reason}): replace it, or remove it") from error
-    return np.asarray(tvf.center_crop(tvf.resize(picture, side), side))
 
 
 def without_metadata(png: bytes, *more: bytes) -> bytes:

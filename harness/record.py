@@ -86,6 +86,9 @@ def entry(main: Callable) -> Callable:
             elif isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
                 advice = "a smaller --batch-size needs less; if the images alone do not fit, use fewer of them"
                 status, line = 1, f"error: the device is out of memory; {advice}"
+            elif str(error).startswith("DataLoader worker"):
+                advice = "fewer --workers need less memory; the same command continues"
+                status, line = 1, f"error: {str(error).strip(' .')}; {advice}"
             else:
                 raise
         except (Fault, OSError, MemoryError) as error:

@@ -23,7 +23,7 @@ from torchvision import datasets as tv
 
 from harness import folders
 from harness.files import alone
-from harness.flags import DATASETS, UserError, warn
+from harness.flags import DATASETS, STORED, UserError, warn
 from harness.shapes import SIDE, synthetic
 
 # mean and standard deviation of each channel, in [0, 1]
@@ -55,24 +55,46 @@ class Split(NamedTuple):
     pixels: Tensor  # (N, side, side, 3) uint8
     labels: Tensor  # (N,) int64
 
+    @property
+    def side(self) -> int:
+        """Height and width of the images, in pixels."""
+        return self.pixels.shape[1]
+
+    def some(self, rows: Tensor) -> "Split":
+        """The images `rows` (M,)."""
+        return Split(self.pixels[rows], self.labels[rows])
+
+
+class Files(NamedTuple):
+    """A split whose images stay in their files, see photographs.py."""
+
+    paths: np.ndarray  # (N,) as bytes, see os.fsencode
+    labels: Tensor  # (N,) int64
+    side: int  # to which they will be cropped
+    digest: str  # of their paths below the data root, and their sizes in bytes
+
+    def some(self, rows: Tensor) -> "Files":
+        """The images `rows` (M,)."""
+        return self._replace(paths=self.paths[rows.numpy()], labels=self.labels[rows])
+
 
 @dataclass(frozen=True)
 class Source:
     """A data set, before the flags choose among its images."""
 
     name: str
-    train: Split
-    test: Split
+    train: Split | Files
+    test: Split | Files
     classes: list[str]  # their names, in the order of the labels
     mean: tuple[float, ...]  # of each channel, in [0, 1]
     std: tuple[float, ...]
-    val: Split | None = None  # chooses the best epoch, if the data set has such images
+    val: Split | Files | None = None  # chooses the best epoch, if the data set has such images
     ignored: dict[str, int] = field(default_factory=dict)  # how many files were no images, by suffix
 
     @property
     def side(self) -> int:
         """Height and width of the images, in pixels."""
-        return self.train.pixels.shape[1]
+        return self.train.side
 
     @property
     def about(self) -> dict[str, Any]:
@@ -87,12 +109,15 @@ class Source:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A short name for exactly these pixels, labels, class names and moments: 16 hexadecimal digits."""
+        """A short name for exactly these pixels (or files), labels, class names and moments: 16 hexadecimal digits."""
         digest = hashlib.sha256("\0".join(self.classes).encode(errors="surrogateescape"))
         digest.update(str((self.mean, self.std)).encode())
-        for tensor in (*self.train, *self.test, *(self.val or ())):
-            digest.update(str(tuple(tensor.shape)).encode())
-            digest.update(tensor.contiguous().numpy())
+        for split in filter(None, (self.train, self.test, self.val)):
+            if isinstance(split, Files):
+                digest.update(split.digest.encode())
+            for tensor in (split.labels,) if isinstance(split, Files) else split:
+                digest.update(str(tuple(tensor.shape)).encode())
+                digest.update(tensor.contiguous().numpy())
         return digest.hexdigest()[:16]
 
     @property
@@ -207,6 +232,9 @@ def read_for(
         print(f"data: {name}, because {file} was trained on it", flush=True)
     if name == "folder":
         side = side or about.get("side")
+        if (side or 0) > STORED and vars(args).get("t_features", "compute") != "compute":
+            why = f"with --side {side} no image is cropped the same way twice, so there is nothing to store"
+            raise UserError(f"--t-features {args.t_features}: {why}; use compute")
     sizes, train = (args.train_size, args.test_size), train or not {"mean", "std"} <= about.keys()
     source = read(name, args.data_root, side, args.data_url, sizes, train, about.get("names", ()))
     return source.seen_by(about, file)
@@ -302,18 +330,22 @@ def _keep(kept: Path, name: str, splits: Mapping[str, Split]) -> None:
 
 
 def _own_folders(root: Path, side: int, train: bool, known: Sequence[str]) -> Source:
-    """The images of class folders (see folders.py) as squares, kept in the root until a file changes."""
+    """The images of class folders (see folders.py): as squares, kept in the root until a file changes, or as files."""
     found = folders.splits(root, train, known)
-    kept, name = root / f"class_folders_{side}{'' if train else '_test'}.npz", _digest_of(root, found)
-    splits = _load(kept, name, found)
-    if splits is None:
-        splits = {half: _split_of(split.classes, side, half) for half, split in found.items()}
-        _keep(kept, name, splits)
-    nothing = Split(torch.empty(0, side, side, 3, dtype=torch.uint8), torch.empty(0, dtype=torch.int64))
-    moments = statistics(splits["train"].pixels) if train else ((0.0,) * 3, (1.0,) * 3)  # the network's own will do
+    if side > STORED:
+        splits = {half: _files_of(root, split.classes, side) for half, split in found.items()}
+        pixels = _sample_of(splits["train"]) if train else None
+    else:
+        kept, name = root / f"class_folders_{side}{'' if train else '_test'}.npz", _digest_of(root, found)
+        splits = _load(kept, name, found)
+        if splits is None:
+            splits = {half: _split_of(split.classes, side, half) for half, split in found.items()}
+            _keep(kept, name, splits)
+        pixels = splits["train"].pixels if train else None
+    moments = statistics(pixels) if train else ((0.0,) * 3, (1.0,) * 3)  # the network's own will do
     ignored = dict(sum((split.ignored for split in found.values()), Counter()).most_common())
     classes = list(found["test"].classes)
-    both = splits.get("train", nothing), splits["test"]
+    both = splits.get("train", splits["test"].some(torch.arange(0))), splits["test"]
     source = Source("folder", *both, classes, *moments, splits.get("val"), ignored)
     print(source, flush=True)
     return source
@@ -335,6 +367,25 @@ def _split_of(classes: Mapping[str, list[Path]], side: int, what: str) -> Split:
     files = [file for of_class in classes.values() for file in of_class]
     labels = [label for label, of_class in enumerate(classes.values()) for _ in of_class]
     return Split(torch.from_numpy(folders.decode(files, side, what)), torch.tensor(labels))
+
+
+def _files_of(root: Path, classes: Mapping[str, list[Path]], side: int) -> Files:
+    """The files of all classes; the labels count the classes."""
+    digest, paths, labels = hashlib.sha256(), [], []
+    for label, files in enumerate(classes.values()):
+        for file in files:
+            paths.append(os.fsencode(file))
+            labels.append(label)
+            digest.update(b"%s\0%d\0" % (os.fsencode(file.relative_to(root)), file.stat().st_size))
+    return Files(np.array(paths), torch.tensor(labels), side, digest.hexdigest())
+
+
+def _sample_of(files: Files) -> Tensor:
+    """The pixels (N, side, side, 3) of up to 1,000 images, evenly spaced among all."""
+    count = len(files.labels)
+    rows = torch.arange(min(count, 1000)) * count // min(count, 1000)
+    chosen = [Path(os.fsdecode(path)) for path in files.paths[rows.numpy()]]
+    return torch.from_numpy(folders.decode(chosen, files.side, "a sample of train"))
 
 
 def statistics(pixels: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:

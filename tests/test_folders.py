@@ -86,6 +86,13 @@ def test_whatever_pillow_reads_is_an_image(end, tmp_path):
         assert np.array_equal(folders.square(file, 32), image.convert("RGB"))
 
 
+def test_the_formats_are_known_before_any_image_was_opened(monkeypatch):
+    before, loaded, extensions = folders.suffixes(), dict(Image.OPEN), Image.registered_extensions()
+    monkeypatch.setattr(Image, "OPEN", {})  # as in a fresh process, where Pillow loads its formats when asked for them
+    monkeypatch.setattr(Image, "registered_extensions", lambda: Image.OPEN.update(loaded) or extensions)
+    assert folders.suffixes() == before and ".jpg" in before
+
+
 def test_other_files_are_counted_by_their_suffix(tmp_path):
     for name in ("a.csv", "b.CSV", "c.h5", "README", "movie.mpg"):
         (tidy(tmp_path) / "train" / "cat" / name).write_text("x")
