@@ -152,8 +152,10 @@ def make_method(args: Namespace, networks: Networks, images: cifar.Images, t_arc
     method.choose_pair(t_arch, args.s_arch)
     if method.first_phase:
         method.first_modules(networks.student)  # an error should come before the run begins
-    if processes.COUNT > 1 and (method.first_phase or any(True for _ in method.parameters())):
-        raise UserError(f"{args.method} trains layers of its own, which works in one process only: use python here")
+    if processes.COUNT > 1 and (method.first_phase or [*method.parameters()]):
+        raise UserError(
+            f"{args.method} trains layers of its own, which torchrun can't do; start one process with python"
+        )
     if args.first_epoch is not None:
         method.first_epochs = args.first_epoch
     return method.to(images.device, memory_format=cifar.LAYOUT)

@@ -172,7 +172,9 @@ def ss_test_features(teacher: Wrapper, images: cifar.Images, autocast: Callable)
 
 
 @torch.no_grad()
-def test_ss_head(head: nn.Module, features: list[tuple[int, Tensor]], autocast: Callable, label: str) -> dict[str, float]:
+def test_ss_head(
+    head: nn.Module, features: list[tuple[int, Tensor]], autocast: Callable, label: str
+) -> dict[str, float]:
     meter = utils.Meter(label)
     for images, feature in features:
         with autocast():

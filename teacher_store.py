@@ -200,12 +200,10 @@ class Features:
     def batches_without_views(self, phase: str, epoch: int, views: int) -> Iterator[Batch]:
         """The same with x None, for the SS head, which reads only the feature."""
         order, window = self.images.draws(phase, epoch, views)
-        batches = order.split(self.images.batch_size)
-        shares = [processes.share(len(rows)) for rows in batches]
-        own = [rows[share] for rows, share in zip(batches, shares, strict=True)]
-        seen = [x[share] for x, share in zip(window.split(self.images.batch_size), shares, strict=True)]
+        size = self.images.batch_size
+        own, seen = ([part[processes.share(len(part))] for part in x.split(size)] for x in (order, window))
         features = self(torch.cat(own), torch.cat(seen)).split([len(rows) for rows in own])
-        for rows, feature in zip(batches, features, strict=True):
+        for rows, feature in zip(order.split(size), features, strict=True):
             yield Batch(None, self.images.labels[rows], rows, feature.flatten(0, 1).contiguous())
 
     @torch.no_grad()

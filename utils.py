@@ -39,8 +39,8 @@ def pick_device(gpu_id: int) -> torch.device:
         gpu_id = int(os.environ.get("LOCAL_RANK", 0))
     if torch.cuda.is_available():
         if gpu_id >= torch.cuda.device_count():
-            flag = f"--nproc_per_node of torchrun: process {gpu_id}" if several else f"--gpu-id {gpu_id}"
-            raise UserError(f"{flag}: this machine has CUDA devices 0 to {torch.cuda.device_count() - 1}")
+            wanted = f"torchrun's process {gpu_id} on this machine" if several else f"--gpu-id {gpu_id}"
+            raise UserError(f"{wanted}: this machine has CUDA devices 0 to {torch.cuda.device_count() - 1}")
         device = torch.device("cuda", gpu_id)
         torch.cuda.set_device(device)
         _check_kernels(device)

@@ -64,7 +64,7 @@ def entry(main: Callable | None = None, several: bool = False) -> Callable:
     """Decorates a script's `main(argv=None)`: an error ends it with one line on stderr and an exit status.
 
     0: done. 1: the machine or the training failed. 2: the user can put it right. 128 + n: signal n stopped it.
-    `several`: torchrun may start it in several processes.
+    `several`: the script may be started by torchrun.
     """
     if main is None:
         return functools.partial(entry, several=several)
@@ -81,7 +81,7 @@ def entry(main: Callable | None = None, several: bool = False) -> Callable:
         try:
             with processes.joined():
                 if processes.COUNT > 1 and not several:
-                    raise UserError("torchrun starts teacher.py, student.py and baseline.py only; use python here")
+                    raise UserError("torchrun is for teacher.py, student.py and baseline.py; start this with python")
                 return main(argv)
         except UserError as error:
             status, line = 2, f"error: {error}"
@@ -134,7 +134,7 @@ class Run:
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any]):
-        self.folder, self.ckpt, self.events = folder, folder / "ckpt", folder / "events"
+        self.folder, self.ckpt = folder, folder / "ckpt"
         self.settings = json.loads(json.dumps(settings))
         self.starts: list[dict] = []  # what ran here before, see `_environment`
         self.result, self.state = self._look()
@@ -177,8 +177,17 @@ class Run:
             UserError: another process is running there.
             Fault: the folder can't be made.
         """
-        if not processes.RANK:
-            self._take_folder()
+        events = self.folder / "events"
+        try:
+            if not processes.RANK:
+                self.ckpt.mkdir(parents=True, exist_ok=True)
+                events.mkdir(exist_ok=True)
+                self._lock = lock(self.folder / ".lock")
+                weakref.finalize(self, os.close, self._lock)  # held until the run or its process ends
+        except BlockingIOError as error:
+            raise UserError(f"another process is running in {self.folder}; wait for it or stop it") from error
+        except OSError as error:
+            raise Fault(f"{self.folder} could not be made: {error.strerror}") from error
         processes.wait()  # the others look once the first has the lock
         self.result, self.state = self._look()  # again: another process may have run here before we had the lock
         if self.result:
@@ -193,28 +202,17 @@ class Run:
         self._record_start(device)
         self._write_files()
         if not processes.RANK:
-            self._open_events()
+            self._open_events(events)
         self._mark = time.monotonic()
         self._began = self._mark - self.state["seconds"]
         print(f"run: {self.folder}", flush=True)
         if self.resumed:
             print(f"continuing after epoch {self.state['epoch']} of the {self.state['phase']}", flush=True)
 
-    def _take_folder(self) -> None:
-        try:
-            self.ckpt.mkdir(parents=True, exist_ok=True)
-            self.events.mkdir(exist_ok=True)
-            self._lock = lock(self.folder / ".lock")
-        except BlockingIOError as error:
-            raise UserError(f"another process is running in {self.folder}; wait for it or stop it") from error
-        except OSError as error:
-            raise Fault(f"{self.folder} could not be made: {error.strerror}") from error
-        weakref.finalize(self, os.close, self._lock)  # held until the run or its process ends
-
-    def _open_events(self) -> None:
+    def _open_events(self, folder: Path) -> None:
         if writer.EventFileWriter is not EventFileWriter:  # W&B's sync_tensorboard took its place: tell it the folder
-            writer.EventFileWriter(str(self.events), filename_suffix=".0").close()
-        self._events = EventsWriter(str(self.events / "events"), f".{len(list(self.events.iterdir())) + 1}")
+            writer.EventFileWriter(str(folder), filename_suffix=".0").close()
+        self._events = EventsWriter(str(folder / "events"), f".{len(list(folder.iterdir())) + 1}")
         weakref.finalize(self, _close, self._events)
 
     def _record_start(self, device: torch.device) -> None:
