@@ -20,9 +20,10 @@ from torch import Tensor, nn
 
 import cifar
 import utils
-from harness import checkpoint, flags
+from harness import checkpoint, flags, processes
 from harness.checkpoint import teacher_name
 from harness.export import export
+from harness.flags import UserError
 from harness.record import Run, entry
 from methods import METHODS, Method, Outputs, kd_loss, set_phase
 from models import build, folder_name
@@ -65,11 +66,11 @@ def parse_args(argv: list[str] | None) -> Namespace:
     return args
 
 
-@entry
+@entry(several=True)
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     folder = train(args)
-    if args.export is not None:
+    if args.export is not None and processes.RANK == 0:
         export(checkpoint.read(folder, args.s_arch), args)
 
 
@@ -149,6 +150,10 @@ def make_method(args: Namespace, networks: Networks, images: cifar.Images, t_arc
     method.choose_pair(t_arch, args.s_arch)
     if method.first_phase:
         method.first_modules(networks.student)  # an error should come before the run begins
+    if processes.COUNT > 1 and (method.first_phase or [*method.parameters()]):
+        raise UserError(
+            f"{args.method} trains layers of its own, which torchrun can't do; start one process with python"
+        )
     if args.first_epoch is not None:
         method.first_epochs = args.first_epoch
     return method.to(images.device, memory_format=cifar.LAYOUT)
@@ -217,7 +222,8 @@ def make_loss(args: Namespace, networks: Networks, method: Method) -> Callable:
     weights = {"ce": args.ce_weight, args.method: args.weight, "kd": args.kd_weight}
 
     def loss_of(batch: cifar.Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        student, teacher = networks.of_student(batch.x), networks.of_teacher(batch.x, batch.feature)
+        outputs = networks.of_student(batch.x), networks.of_teacher(batch.x, batch.feature)
+        student, teacher = (whole(each, len(batch.target), method.maps) for each in outputs)
         terms = {
             "ce": F.cross_entropy(student.logits.float(), batch.target),
             args.method: method(student, teacher, batch.target, batch.rows),
@@ -228,6 +234,12 @@ def make_loss(args: Namespace, networks: Networks, method: Method) -> Callable:
         return loss, logged | {"cls_acc": utils.accuracy(student.logits, batch.target)}
 
     return loss_of
+
+
+def whole(outputs: Outputs, images: int, maps: bool) -> Outputs:
+    """The outputs for all `images` of a batch, of which this process has its share; without `maps` one feature."""
+    features = [processes.gathered(x, images) for x in outputs.features[0 if maps else -1 :]]
+    return Outputs(features, processes.gathered(outputs.logits, images))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from harness import flags, sources
+from harness import flags, processes, sources
 from harness.flags import UserError, warn
 from harness.record import entry
 from harness.sources import SIDE, Files, Source, Split
@@ -33,7 +33,7 @@ def padding(side: int) -> int:
 
 
 class Batch(NamedTuple):
-    """B images of a split in V views each, on the device."""
+    """B images of a split in V views each, on the device. Of several processes each has only its share of the views."""
 
     x: Tensor | None  # (V·B, 3, side, side) float32, normalised, channels last; the view is fastest
     target: Tensor  # (B,) labels
@@ -178,7 +178,8 @@ class Images:
         """
         order, window = self.draws(phase, epoch, views)
         for rows, seen in zip(order.split(self.batch_size), window.split(self.batch_size), strict=True):
-            yield Batch(self.views(rows, seen), self.labels[rows], rows)
+            own = processes.share(len(rows))
+            yield Batch(self.views(rows[own], seen[own]), self.labels[rows], rows)
 
     def test_batches(self, views: int) -> Iterator[Batch]:
         """All images in their own order, without flip and crop, rotated if `views` is 4.
@@ -188,7 +189,8 @@ class Images:
         centre = torch.full((1, views), padding(self.side), device=self.device)
         window = window_rows(torch.zeros_like(centre[:, :1]), centre, centre, self.side)
         for rows in torch.arange(len(self), device=self.device).split(4 * self.batch_size // views):
-            yield Batch(self.views(rows, window.expand(len(rows), views)), self.labels[rows], rows)
+            own = rows[processes.share(len(rows))]
+            yield Batch(self.views(own, window.expand(len(own), views)), self.labels[rows], rows)
 
     def views(self, rows: Tensor, window: Tensor) -> Tensor:
         """Normalised views of the images `rows` (B,) as `window` (B, V) says: (V·B, 3, side, side) in `LAYOUT`."""
@@ -295,6 +297,8 @@ def load(source: Source, args: Namespace, device: torch.device | str) -> Data:
     if args.label_noise > 0:
         noisy = label_noise(source.train.labels[rows], args.label_noise, len(source.classes), args.seed)
         train.labels = noisy.to(device)
+    if (images := min(args.batch_size, len(train))) < processes.COUNT:
+        raise UserError(f"a batch of {images} images is too small for {processes.COUNT} processes; start fewer of them")
     if args.batch_size > len(train):
         more = f"--batch-size {args.batch_size} is more than the {len(train)} training images"
         warn(f"{more}: an epoch is one step")

@@ -18,14 +18,14 @@ from torch import Tensor, nn
 
 import cifar
 import utils
-from harness import checkpoint, flags
+from harness import checkpoint, flags, processes
 from harness.checkpoint import teacher_name
 from harness.export import export
 from harness.record import Run, entry
 from losses import VIEWS, SSKDTerms, positives, similarity_matrix, split_views, ss_head_loss, sskd_terms
 from models import build, folder_name
 from teacher_store import Features, SSHeadFile, features, read_teacher, report_teacher
-from wrapper import Wrapper, frozen
+from wrapper import Output, Wrapper, frozen
 
 
 def parse_args(argv: list[str] | None) -> Namespace:
@@ -67,11 +67,11 @@ def parse_args(argv: list[str] | None) -> Namespace:
     return args
 
 
-@entry
+@entry(several=True)
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     path = args.s_path if args.s_path is not None else train(args)
-    if args.export is not None:
+    if args.export is not None and processes.RANK == 0:
         export(checkpoint.read(path, args.s_arch), args)
 
 
@@ -150,7 +150,7 @@ def make_ss_loss(teacher: Wrapper, autocast: Callable) -> Callable:
     def loss_of(batch: cifar.Batch) -> tuple[Tensor, dict[str, Tensor]]:
         with autocast():
             embedding = teacher(batch.x, bb_grad=False, feature=batch.feature).embedding
-        return ss_loss_and_log(embedding)
+        return ss_loss_and_log(processes.gathered(embedding, len(batch.target), VIEWS))
 
     return loss_of
 
@@ -162,19 +162,21 @@ def ss_loss_and_log(embedding: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 @torch.no_grad()
-def ss_test_features(teacher: Wrapper, images: cifar.Images, autocast: Callable) -> list[Tensor]:
-    """The features (4B, D) of each test batch. The backbone is frozen, so they serve all epochs of the head."""
+def ss_test_features(teacher: Wrapper, images: cifar.Images, autocast: Callable) -> list[tuple[int, Tensor]]:
+    """B and the features (4B, D) of each test batch. The backbone is frozen, so they serve all epochs of the head."""
     with autocast():
-        return [teacher(batch.x).feature for batch in images.test_batches(VIEWS)]
+        return [(len(batch.target), teacher(batch.x).feature) for batch in images.test_batches(VIEWS)]
 
 
 @torch.no_grad()
-def test_ss_head(head: nn.Module, features: list[Tensor], autocast: Callable, label: str) -> dict[str, float]:
+def test_ss_head(
+    head: nn.Module, features: list[tuple[int, Tensor]], autocast: Callable, label: str
+) -> dict[str, float]:
     meter = utils.Meter(label)
-    for feature in features:
+    for images, feature in features:
         with autocast():
-            embedding = head(feature)
-        meter.add(len(feature) // VIEWS, *ss_loss_and_log(embedding))
+            embedding = processes.gathered(head(feature), images, VIEWS)
+        meter.add(images, *ss_loss_and_log(embedding))
     return meter.means()
 
 
@@ -221,6 +223,7 @@ def make_loss(args: Namespace, teacher: Wrapper, student: Wrapper, autocast: Cal
             with torch.no_grad():
                 t = teacher(batch.x, feature=batch.feature)
             s = student(batch.x)
+        s, t = (whole(output, len(batch.target)) for output in (s, t))
         terms = sskd_terms(s.logits, t.logits, s.embedding, t.embedding, batch.target, **settings)
         loss = sum(weight * term for weight, term in zip(weights, terms, strict=True) if weight)
         with torch.no_grad():
@@ -231,6 +234,12 @@ def make_loss(args: Namespace, teacher: Wrapper, student: Wrapper, autocast: Cal
         return loss, logged
 
     return loss_of
+
+
+def whole(output: Output, images: int) -> Output:
+    """Logits and embedding of all `images` of a batch, of which this process has its share."""
+    logits, embedding = (processes.gathered(x, images, VIEWS) for x in (output.logits, output.embedding))
+    return Output(logits, embedding, output.feature)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import cifar
 import utils
-from harness import checkpoint, flags, sources
+from harness import checkpoint, flags, processes, sources
 from harness.record import Run, entry
 from models import LIBRARIES, build, folder_name, model_dict, weights_of
 from wrapper import check_network
@@ -40,7 +40,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
     return args
 
 
-@entry
+@entry(several=True)
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     if args.evaluate is not None:
@@ -98,7 +98,7 @@ def make_loss(model: nn.Module, autocast: Callable) -> Callable:
 
     def loss_of(batch: cifar.Batch) -> tuple[Tensor, dict[str, Tensor]]:
         with autocast():
-            logits = model(batch.x)
+            logits = processes.gathered(model(batch.x), len(batch.target))
         loss = F.cross_entropy(logits.float(), batch.target)
         return loss, {"cls_loss": loss, "cls_acc": utils.accuracy(logits, batch.target)}
 

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from cifar import Batch, Data, Images
-from harness import checkpoint
+from harness import checkpoint, processes
 from harness.files import alone, digest, read_state, restoring, save
 from harness.flags import Fault, UserError, warn
 from harness.progress import Progress
@@ -114,10 +114,14 @@ class SSHeadFile:
         self.key = digest(depends | identity | {"device": device.type})
         self.path = file.parent / f"ss_head_{self.key}.pth"
 
-    def alone(self) -> contextlib.AbstractContextManager:
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
         """Inside, no other student reads or trains this head: of several that start together one trains it."""
         lock = self.path.with_name(f".{self.path.stem}.lock")
-        return alone(lock, f"SS head: waiting for another student that trains {self.path}")
+        waiting = f"SS head: waiting for another student that trains {self.path}"
+        with contextlib.nullcontext() if processes.RANK else alone(lock, waiting):
+            processes.wait()  # until the first process of this run has the lock
+            yield
 
     def read_into(self, head: nn.Module) -> list[dict[str, Any]]:
         """Loads the file into `head`; returns the log of its training, see `Run.lines`.
@@ -204,7 +208,9 @@ class Features:
         """The same with x None, for the SS head, which reads only the feature."""
         order, window = self.images.draws(phase, epoch, views)
         size = self.images.batch_size
-        for rows, feature in zip(order.split(size), self(order, window).split(size), strict=True):
+        own, seen = ([part[processes.share(len(part))] for part in x.split(size)] for x in (order, window))
+        features = self(torch.cat(own), torch.cat(seen)).split([len(rows) for rows in own])
+        for rows, feature in zip(order.split(size), features, strict=True):
             yield Batch(None, self.images.labels[rows], rows, feature.flatten(0, 1).contiguous())
 
     @torch.no_grad()

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.utils import make_grid
 
+from harness import processes
 from harness.flags import Fault, UserError, warn
 from harness.progress import Progress
 from harness.record import Run, device_name
@@ -28,27 +29,29 @@ DTYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  
 
 
 def pick_device(gpu_id: int) -> torch.device:
-    """CUDA `gpu_id`, else Apple's MPS, else the CPU; prints a line.
+    """CUDA `gpu_id`, else Apple's MPS, else the CPU; prints a line. Each process of torchrun has a device of its own.
 
     Raises:
-        UserError: CUDA has no such device; several processes were started for one run.
+        UserError: CUDA has no such device.
     """
-    if os.environ.get("WORLD_SIZE", "") not in ("", "1"):
-        raise UserError("one run on several GPUs (torchrun) does not work yet: start one process, python student.py …")
+    several = processes.COUNT > 1
+    if several:
+        gpu_id = int(os.environ.get("LOCAL_RANK", 0))
     if torch.cuda.is_available():
         if gpu_id >= torch.cuda.device_count():
-            raise UserError(f"--gpu-id {gpu_id}: this machine has CUDA devices 0 to {torch.cuda.device_count() - 1}")
+            wanted = f"torchrun's process {gpu_id} on this machine" if several else f"--gpu-id {gpu_id}"
+            raise UserError(f"{wanted}: this machine has CUDA devices 0 to {torch.cuda.device_count() - 1}")
         device = torch.device("cuda", gpu_id)
         torch.cuda.set_device(device)
         _check_kernels(device)
     else:
-        device = torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        device = torch.device("mps" if torch.backends.mps.is_available() and not several else "cpu")
         hidden = os.environ.get("CUDA_VISIBLE_DEVICES") == ""  # the user wants no GPU
         if not hidden and Path("/proc/driver/nvidia/version").exists():
             made = f"was made for CUDA {torch.version.cuda}" if torch.version.cuda else "was made without CUDA"
             advice = "install one that fits the driver (nvidia-smi shows its CUDA), or a newer driver"
             warn(f"a GPU driver is here, but PyTorch {made} and can't use it, so this runs on the CPU: {advice}")
-        elif gpu_id:
+        elif gpu_id and not several:
             warn(f"--gpu-id {gpu_id}: PyTorch finds no CUDA device here, so this runs on the {device}")
     threads = "" if device.type == "cuda" else f", {torch.get_num_threads()} threads"
     print(f"device: {device} ({device_name(device)}{threads})", flush=True)
@@ -170,6 +173,7 @@ class SGD:
         """One step down the gradient of `loss`."""
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
+        processes.add_up(self.optimizer.param_groups[0]["params"])
         self.scaler.step(self.optimizer)
         self.scaler.update()
 
@@ -262,7 +266,7 @@ def evaluate(model: nn.Module, images: Any, autocast: Callable, label: str = "te
     meter = Meter(label)
     for batch in images.test_batches(views=1):
         with autocast():
-            logits = model(batch.x)
+            logits = processes.gathered(model(batch.x), len(batch.target))
         loss = F.cross_entropy(logits.float(), batch.target)
         means = {"cls_loss": loss, "cls_acc": accuracy(logits, batch.target)}
         if logits.shape[1] > 5:
@@ -312,9 +316,10 @@ def show(run: Run, epoch: int, teacher: nn.Module, student: nn.Module, data: Any
     """Shows views of eight training images, and the similarities of teacher (left) and student on test images."""
     views = next(data.train.batches("student", epoch, VIEWS)).x[: 8 * VIEWS]
     run.show(epoch, "views", views_image(data.train.brightness(views), VIEWS))
-    images = next(data.val.test_batches(VIEWS)).x
+    batch = next(data.val.test_batches(VIEWS))
     with autocast():
-        matrices = [similarity_matrix(network(images).embedding) for network in (teacher, student)]
+        embeddings = [network(batch.x).embedding for network in (teacher, student)]
+    matrices = [similarity_matrix(processes.gathered(x, len(batch.target), VIEWS)) for x in embeddings]
     run.show(epoch, "similarity/teacher_and_student", similarity_image(*matrices))
 
 

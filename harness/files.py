@@ -14,11 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from harness import processes
 from harness.flags import Fault, UserError
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Writes beside `path`, flushes to disk, then renames: a reader finds the old file or the new one, never a part."""
+    """Writes beside `path`, flushes to disk, then renames: a reader finds the old file or the new one, never a part.
+
+    Of several processes of one run only the first writes.
+    """
+    if processes.RANK:
+        return
     part = path.with_name(f".{path.name}.part")
     try:
         with open(part, "wb") as file:

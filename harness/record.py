@@ -32,6 +32,7 @@ from tensorboardX.event_file_writer import EventFileWriter, EventsWriter
 from tensorboardX.proto.event_pb2 import Event
 from torch import Tensor
 
+from harness import processes
 from harness.files import digest, lock, plain, read_state, restoring, save, write_atomically
 from harness.flags import Fault, UserError, tell, warn
 from models import NetworkError
@@ -44,6 +45,7 @@ CONDITIONS = (
     "cudnn",
     "device",
     "threads",
+    "processes",
 )  # the last digits of a run may depend on them
 
 # ---------------------------------------------------------------------------------------------------- how a script ends
@@ -59,11 +61,14 @@ def _stop(number: int, frame: FrameType | None) -> NoReturn:
     raise Stopped(number)
 
 
-def entry(main: Callable) -> Callable:
+def entry(main: Callable | None = None, several: bool = False) -> Callable:
     """Decorates a script's `main(argv=None)`: an error ends it with one line on stderr and an exit status.
 
     0: done. 1: the machine or the training failed. 2: the user can put it right. 128 + n: signal n stopped it.
+    `several`: the script may be started by torchrun.
     """
+    if main is None:
+        return functools.partial(entry, several=several)
 
     @functools.wraps(main)
     def guarded(argv: list[str] | None = None) -> None:
@@ -75,7 +80,10 @@ def entry(main: Callable) -> Callable:
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="backslashreplace")  # not every terminal has a λ, or the letters of a path
         try:
-            return main(argv)
+            with processes.joined():
+                if processes.COUNT > 1 and not several:
+                    raise UserError("torchrun is for teacher.py, student.py and baseline.py; start this with python")
+                return main(argv)
         except (UserError, NetworkError) as error:
             status, line = 2, f"error: {error}"
         except RuntimeError as error:
@@ -89,6 +97,8 @@ def entry(main: Callable) -> Callable:
             elif str(error).startswith("DataLoader worker"):
                 advice = "fewer --workers need less memory; the same command continues"
                 status, line = 1, f"error: {str(error).strip(' .')}; {advice}"
+            elif processes.lost(error):
+                status, line = 1, "error: another process of this run has ended; the same command continues"
             else:
                 raise
         except (Fault, OSError, MemoryError) as error:
@@ -99,7 +109,8 @@ def entry(main: Callable) -> Callable:
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
-        tell(f"{main.__module__}.py" if main.__module__ != "__main__" else Path(sys.argv[0]).name, line)
+        if processes.first_to_fail():
+            tell(f"{main.__module__}.py" if main.__module__ != "__main__" else Path(sys.argv[0]).name, line)
         sys.exit(status)
 
     return guarded
@@ -116,7 +127,7 @@ def refuse_unfinished(path: Path) -> None:
 
 
 class Run:
-    """One run in one folder, which one process at a time writes to.
+    """One run in one folder, which one process at a time writes to: of several of this run the first.
 
     Args:
         folder: the run's folder; `start` creates it.
@@ -172,14 +183,16 @@ class Run:
         """
         events = self.folder / "events"
         try:
-            self.ckpt.mkdir(parents=True, exist_ok=True)
-            events.mkdir(exist_ok=True)
-            self._lock = lock(self.folder / ".lock")
+            if not processes.RANK:
+                self.ckpt.mkdir(parents=True, exist_ok=True)
+                events.mkdir(exist_ok=True)
+                self._lock = lock(self.folder / ".lock")
+                weakref.finalize(self, os.close, self._lock)  # held until the run or its process ends
         except BlockingIOError as error:
             raise UserError(f"another process is running in {self.folder}; wait for it or stop it") from error
         except OSError as error:
             raise Fault(f"{self.folder} could not be made: {error.strerror}") from error
-        weakref.finalize(self, os.close, self._lock)  # held until the run or its process ends
+        processes.wait()  # the others look once the first has the lock
         self.result, self.state = self._look()  # again: another process may have run here before we had the lock
         if self.result:
             raise UserError(f"{self.folder} was finished by another process just now")
@@ -192,20 +205,24 @@ class Run:
         self.about = about
         self._record_start(device)
         self._write_files()
-        if writer.EventFileWriter is not EventFileWriter:  # W&B's sync_tensorboard took its place: tell it the folder
-            writer.EventFileWriter(str(events), filename_suffix=".0").close()
-        self._events = EventsWriter(str(events / "events"), f".{len(list(events.iterdir())) + 1}")
-        weakref.finalize(self, _close, self._events)
+        if not processes.RANK:
+            self._open_events(events)
         self._mark = time.monotonic()
         self._began = self._mark - self.state["seconds"]
         print(f"run: {self.folder}", flush=True)
         if self.resumed:
             print(f"continuing after epoch {self.state['epoch']} of the {self.state['phase']}", flush=True)
 
+    def _open_events(self, folder: Path) -> None:
+        if writer.EventFileWriter is not EventFileWriter:  # W&B's sync_tensorboard took its place: tell it the folder
+            writer.EventFileWriter(str(folder), filename_suffix=".0").close()
+        self._events = EventsWriter(str(folder / "events"), f".{len(list(folder.iterdir())) + 1}")
+        weakref.finalize(self, _close, self._events)
+
     def _record_start(self, device: torch.device) -> None:
         """Adds this start to config.json; warns if the run continues under conditions that may change its digits."""
         now = _environment(device)
-        before = self.starts[-1] if self.starts else now
+        before = {"processes": 1} | self.starts[-1] if self.starts else now
         changed = [f"{x} was {before.get(x)}, is {now[x]}" for x in CONDITIONS if before.get(x) != now[x]]
         if changed:
             warn(f"continued under other conditions, so not bit for bit: {', '.join(changed)}")
@@ -234,7 +251,7 @@ class Run:
         for epoch in range(first, epochs + 1):
             seed = int(digest([self.settings.get("seed"), phase, epoch])[:8], 16)
             for generator in (random.seed, np.random.seed, torch.manual_seed):
-                generator(seed)
+                generator((seed + processes.RANK) % 2**32)  # each process draws its own dropout
             yield epoch
             self._check_folder()
             self.state |= {"phase": phase, "epoch": epoch, "seconds": time.monotonic() - self._began}
@@ -289,6 +306,8 @@ class Run:
 
     def _add_events(self, epoch: int, *summaries: Any) -> None:
         """Adds summaries to the TensorBoard events and flushes them, so that a full disk is noticed here."""
+        if processes.RANK:
+            return
         for content in summaries:
             self._events.write_event(Event(wall_time=time.time(), step=epoch, summary=content))
         self._events.flush()
@@ -325,7 +344,8 @@ class Run:
         final = {f"final/{name}": value for name, value in result.items() if name.endswith("_acc")}
         flags = {name: " ".join(map(str, x)) if isinstance(x, list) else x for name, x in self.settings.items()}
         self._add_events(self.total, *summary.hparams(flags, final), *(summary.scalar(*x) for x in final.items()))
-        self._events.close()
+        if not processes.RANK:
+            self._events.close()
         result |= {"epochs": self.total, "seconds": round(time.monotonic() - self._began, 1)} | self.about
         write_atomically(self.folder / "result.json", _json(result))
         print(f"finished: {_summary(result)}", flush=True)
@@ -333,7 +353,7 @@ class Run:
     def _check_folder(self) -> None:
         """Raises Fault if the folder was deleted or replaced meanwhile: another process may be running at its path."""
         lock = self.folder / ".lock"
-        if not (lock.exists() and os.path.samestat(lock.stat(), os.fstat(self._lock))):
+        if not processes.RANK and not (lock.exists() and os.path.samestat(lock.stat(), os.fstat(self._lock))):
             raise Fault(f"{self.folder} was removed or replaced while this run was going on; it ends here")
 
 
@@ -369,6 +389,7 @@ def _environment(device: torch.device) -> dict:
         "cudnn": torch.backends.cudnn.version() if device.type == "cuda" else None,
         "device": f"{device.type} ({device_name(device)})",
         "threads": torch.get_num_threads(),
+        "processes": processes.COUNT,
         "started": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
     }
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torchvision import datasets as tv
 
-from harness import folders
+from harness import folders, processes
 from harness.files import alone
 from harness.flags import DATASETS, STORED, UserError, warn
 from harness.shapes import SIDE, synthetic
@@ -201,7 +201,7 @@ def read(
             return Source(name, *splits, CLASSES[name], *STATISTICS[name])
         with contextlib.suppress(OSError):
             root.mkdir(parents=True, exist_ok=True)
-    with alone(root / ".lock", f"data: waiting for another process that reads {root}"):
+    with processes.first_then_others(), alone(root / ".lock", f"data: waiting for another process that reads {root}"):
         if name == "folder":
             return _own_folders(root, side or SIDE, train, known)
         splits = _cifar100(root, url) if name == "cifar100" else _archive(name, root, url)

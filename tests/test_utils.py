@@ -64,12 +64,6 @@ def test_a_restored_sgd_goes_on_as_the_saved_one():
     assert first.lr == pytest.approx(0.001)
 
 
-def test_several_processes_for_one_run_are_refused(monkeypatch, tmp_path, fails):
-    monkeypatch.setenv("WORLD_SIZE", "2")  # as torchrun sets it
-    assert "torchrun" in fails(teacher.main, "--arch", "resnet8", *TINY, "--experiments", tmp_path)
-    assert not list(tmp_path.iterdir())
-
-
 # ------------------------------------------------------------------------------------------------ device and precision
 
 
