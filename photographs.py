@@ -24,7 +24,7 @@ from torchvision import io
 from torchvision.transforms import functional as tvf
 
 from cifar import LAYOUT, Batch, Images, seeded
-from harness import folders
+from harness import folders, processes
 from harness.flags import UserError
 from harness.progress import Progress
 from harness.sources import Files, Source
@@ -63,18 +63,20 @@ class Photographs(Images):
         flip = torch.randint(2, (len(self),), generator=generator)
         seeds = torch.randint(2**31, (len(self),), generator=generator)  # of the crops
         batches = order.split(self.batch_size)
-        for rows, pixels in zip(batches, self.read(batches, seeds), strict=True):
-            flipped = torch.where(flip[rows].to(self.device).view(-1, 1, 1, 1) > 0, pixels.flip(2), pixels)
+        shares = [rows[processes.share(len(rows))] for rows in batches]
+        for rows, own, pixels in zip(batches, shares, self.read(shares, seeds), strict=True):
+            flipped = torch.where(flip[own].to(self.device).view(-1, 1, 1, 1) > 0, pixels.flip(2), pixels)
             yield self.batch(rows, flipped, views)
 
     def test_batches(self, views: int) -> Iterator[Batch]:
         """All images in their own order, their centres, rotated if `views` is 4. A batch has 4 · batch_size views."""
         batches = torch.arange(len(self)).split(4 * self.batch_size // views)
-        for rows, pixels in zip(batches, self.read(batches), strict=True):
+        shares = [rows[processes.share(len(rows))] for rows in batches]
+        for rows, pixels in zip(batches, self.read(shares), strict=True):
             yield self.batch(rows, pixels, views)
 
     def batch(self, rows: Tensor, pixels: Tensor, views: int) -> Batch:
-        """Pixels (B, side, side, 3) uint8 of the images `rows` (B,) as normalised, rotated views."""
+        """Normalised, rotated views of pixels (n, side, side, 3): all images `rows` (B,), or this process's share."""
         image = pixels.float().div_(255).sub_(self.mean).div_(self.std)
         turned = torch.stack([image.rot90(k, (1, 2)) for k in range(views)], 1).flatten(0, 1)
         rows = rows.to(self.device)
