@@ -363,7 +363,7 @@ def test_a_file_of_another_kind_is_told_what_it_is(name, write, says, tmp_path):
 
 
 def test_safetensors_are_read_and_a_damaged_file_is_refused(state, tmp_path):
-    save_file = pytest.importorskip("safetensors.torch").save_file
+    from safetensors.torch import save_file
     file = tmp_path / "resnet8.safetensors"
     save_file({name: value.contiguous() for name, value in state.items()}, file)
     assert_holds(load(tmp_path), state)
