@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from oracle import NAMES, fill
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from harness.checkpoint import find_checkpoint, read, run_folder_of, teacher_name
@@ -363,7 +364,6 @@ def test_a_file_of_another_kind_is_told_what_it_is(name, write, says, tmp_path):
 
 
 def test_safetensors_are_read_and_a_damaged_file_is_refused(state, tmp_path):
-    save_file = pytest.importorskip("safetensors.torch").save_file
     file = tmp_path / "resnet8.safetensors"
     save_file({name: value.contiguous() for name, value in state.items()}, file)
     assert_holds(load(tmp_path), state)

@@ -32,7 +32,7 @@ VARIED = [
     "timm.densenet121",
 ]
 VARIED += ["timm.swin_tiny_patch4_window7_224", "timm.mixer_s32_224", "timm.repvgg_a0", "timm.ghostnet_050"]
-VARIED += ["torchvision.resnet18", "torchvision.swin_t", "torchvision.shufflenet_v2_x0_5"]
+VARIED += ["torchvision.resnet18", "torchvision.swin_t", "torchvision.densenet121"]
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in VARIED]
 
 OWN = """
