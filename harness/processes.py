@@ -44,7 +44,7 @@ def joined() -> Iterator[None]:
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     long = datetime.timedelta(days=7)  # the others wait while the first downloads data or waits for an SS head
     dist.init_process_group(backend, store=_store, rank=rank, world_size=count, timeout=long)
-    F.batch_norm = batch_norm  # the batch norms of all networks, libraries' too, call it
+    F.batch_norm = _batch_norm  # the batch norms of all networks, libraries' too, call it
     with open(os.devnull, "w") as nowhere, contextlib.ExitStack() as stack:
         if RANK:
             stack.enter_context(contextlib.redirect_stdout(nowhere))
@@ -81,21 +81,16 @@ def first_then_others() -> Iterator[None]:
         wait()
 
 
-def _starts(images: int) -> list[int]:
-    return [images * rank // COUNT for rank in range(COUNT + 1)]
-
-
 def share(images: int) -> slice:
     """Which rows of a batch are this process's. Shares differ by one row at most; a small batch leaves some empty."""
-    return slice(*_starts(images)[RANK : RANK + 2])
+    return slice(images * RANK // COUNT, images * (RANK + 1) // COUNT)
 
 
 def gathered(x: Tensor, images: int, views: int = 1) -> Tensor:
     """This process's share of a tensor → the whole (views · images, …), in order. Gradients reach the share only."""
     if COUNT == 1:
         return x
-    starts = [views * start for start in _starts(images)]
-    sizes = [end - start for start, end in zip(starts, starts[1:], strict=False)]
+    sizes = [views * (images * (rank + 1) // COUNT - images * rank // COUNT) for rank in range(COUNT)]
     padded = x.new_zeros(max(sizes), *x.shape[1:])  # all send the same shape
     padded[: len(x)] = x.detach()
     parts = [torch.empty_like(padded) for _ in sizes]
@@ -127,20 +122,8 @@ class _Total(torch.autograd.Function):
     backward = forward
 
 
-def batch_norm(
-    x: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Tensor:
-    """`F.batch_norm` with the moments of the rows of all processes: (N, C, …) → the same.
-
-    nn.SyncBatchNorm refuses the CPU, and its graph breaks under torch.compile.
-    """
+def _batch_norm(x, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
+    """`F.batch_norm` with the moments of the rows of all processes. nn.SyncBatchNorm works on CUDA only."""
     if not training:
         return _plain_batch_norm(x, running_mean, running_var, weight, bias, False, momentum, eps)
     axes, shape = [axis for axis in range(x.dim()) if axis != 1], [1, -1] + [1] * (x.dim() - 2)
