@@ -223,7 +223,8 @@ def make_loss(args: Namespace, teacher: Wrapper, student: Wrapper, autocast: Cal
             with torch.no_grad():
                 t = teacher(batch.x, feature=batch.feature)
             s = student(batch.x)
-        s, t = (whole(output, len(batch.target)) for output in (s, t))
+        images = len(batch.target)  # of all processes
+        s, t = (Output(*(processes.gathered(x, images, VIEWS) for x in output)) for output in (s, t))
         terms = sskd_terms(s.logits, t.logits, s.embedding, t.embedding, batch.target, **settings)
         loss = sum(weight * term for weight, term in zip(weights, terms, strict=True) if weight)
         with torch.no_grad():
@@ -234,12 +235,6 @@ def make_loss(args: Namespace, teacher: Wrapper, student: Wrapper, autocast: Cal
         return loss, logged
 
     return loss_of
-
-
-def whole(output: Output, images: int) -> Output:
-    """Logits and embedding of all `images` of a batch, of which this process has its share."""
-    logits, embedding = (processes.gathered(x, images, VIEWS) for x in (output.logits, output.embedding))
-    return Output(logits, embedding, output.feature)
 
 
 if __name__ == "__main__":

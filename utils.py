@@ -260,7 +260,8 @@ class Test(NamedTuple):
 def evaluate(model: nn.Module, images: Any, autocast: Callable, label: str = "test") -> Test:
     """Tests `model`, images → logits, on the normal views of a split; leaves it in eval mode.
 
-    `label` names the test in the error if the loss is not finite.
+    `label` names the test in the error if the loss is not finite. Of several processes each tests its share, and all
+    return the figures of the whole split.
     """
     model.eval()
     meter = Meter(label)

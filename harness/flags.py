@@ -138,12 +138,7 @@ def make_parser(description: str) -> Parser:
 
     add = parser.add_argument_group("optimisation (SGD; the learning rate falls at milestones)").add_argument
     add("--epoch", type=count, default=240, help="epochs; the published tables use 240")
-    add(
-        "--batch-size",
-        type=count,
-        default=64,
-        help="images per step, of all processes together; SSKD's student sees 4 views",
-    )
+    add("--batch-size", type=count, default=64, help="images per step of all processes; SSKD's student sees 4 views")
     add("--lr", type=positive, default=0.05, help="learning rate; use 0.01 for MobileNetV2, ShuffleV1 and ShuffleV2")
     add("--momentum", type=number(float, 0), default=0.9, help="momentum of SGD")
     add("--weight-decay", type=number(float, 0), default=5e-4, help="weight decay of SGD, on every parameter")

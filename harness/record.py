@@ -206,18 +206,15 @@ class Run:
         self._record_start(device)
         self._write_files()
         if not processes.RANK:
-            self._open_events(events)
+            if writer.EventFileWriter is not EventFileWriter:  # W&B's sync_tensorboard replaced it: tell it the folder
+                writer.EventFileWriter(str(events), filename_suffix=".0").close()
+            self._events = EventsWriter(str(events / "events"), f".{len(list(events.iterdir())) + 1}")
+            weakref.finalize(self, _close, self._events)
         self._mark = time.monotonic()
         self._began = self._mark - self.state["seconds"]
         print(f"run: {self.folder}", flush=True)
         if self.resumed:
             print(f"continuing after epoch {self.state['epoch']} of the {self.state['phase']}", flush=True)
-
-    def _open_events(self, folder: Path) -> None:
-        if writer.EventFileWriter is not EventFileWriter:  # W&B's sync_tensorboard took its place: tell it the folder
-            writer.EventFileWriter(str(folder), filename_suffix=".0").close()
-        self._events = EventsWriter(str(folder / "events"), f".{len(list(folder.iterdir())) + 1}")
-        weakref.finalize(self, _close, self._events)
 
     def _record_start(self, device: torch.device) -> None:
         """Adds this start to config.json; warns if the run continues under conditions that may change its digits."""
