@@ -13,6 +13,7 @@ from recorded import COMMON, KD, PLAIN, SS, START, TF, change, write_network, wr
 import baseline
 import teacher
 from experiments import runs, sweep, table
+from harness.flags import HARMLESS
 from methods import METHODS, Method
 from models import model_dict
 
@@ -72,8 +73,7 @@ def test_the_published_flags_are_the_defaults_of_the_scripts():
 
     def unusual(parse_args, *words):
         flags = vars(parse_args([str(word) for word in words])) | {"dataset": "cifar100"}
-        unknown = {"gpu_id", "data_root", "data_url", "experiments", "evaluate", "export", "t_path", "t_arch"}
-        flags = {name: value for name, value in flags.items() if name not in unknown}
+        flags = {name: value for name, value in flags.items() if name not in HARMLESS}
         return runs.run_of("", {"run": "x", "flags": flags, "result": {"best_acc": 1, "last_acc": 1}})["unusual"]
 
     assert unusual(teacher.parse_args, "--arch", "resnet8") == ()
