@@ -143,7 +143,7 @@ OTHER = {
 SAME = {
     "epoch": "4", "lr": "0.1", "milestones": "1", "label_noise": "0.5", "gpu_id": "0", "experiments": "elsewhere", "workers": "1",
     "save_interval": "2", "s_arch": "vgg8", "ce_weight": "1", "kd_weight": "1", "tf_weight": "1", "ss_weight": "1",
-    "kd_T": "1", "tf_T": "1", "ss_T": "1", "ratio_tf": "0.5", "ratio_ss": "0.5",
+    "kd_T": "1", "tf_T": "1", "ss_T": "1", "ratio_tf": "0.5", "ratio_ss": "0.5", "workers": "1",
 }  # fmt: skip
 OF_IDENTITY = {"dataset", "data_root", "data_url", "side", "t_path", "t_arch"}  # of data and teacher
 NO_TRAINING = {"s_path", "export"}
