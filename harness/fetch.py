@@ -7,6 +7,7 @@ from urllib.parse import unquote, urlsplit
 
 import torch
 
+from harness import processes
 from harness.files import digest, save
 from harness.flags import UserError
 from models import LIBRARIES, build, check_name, weights_of
@@ -18,9 +19,11 @@ def local(path: str, check: Callable[[Path], object]) -> Path:
     `check` raises UserError if a file is no checkpoint; such a file is not kept.
     """
     if path.startswith(("https://", "http://")):
-        return _download(path, check)
+        with processes.first_then_others():
+            return _download(path, check)
     if path.startswith(LIBRARIES) and not Path(path).exists():
-        return _weights(path)
+        with processes.first_then_others():
+            return _weights(path)
     return Path(path)
 
 
