@@ -141,7 +141,7 @@ OTHER = {
     "train_size": "40", "test_size": "30", "few_shot": "0.5", "val_fraction": "0.5", "t_features": "memory",
 }  # fmt: skip
 SAME = {
-    "epoch": "4", "lr": "0.1", "milestones": "1", "label_noise": "0.5", "gpu_id": "0", "experiments": "elsewhere", "workers": "1",
+    "epoch": "4", "lr": "0.1", "milestones": "1", "label_noise": "0.5", "gpu_id": "0", "experiments": "elsewhere",
     "save_interval": "2", "s_arch": "vgg8", "ce_weight": "1", "kd_weight": "1", "tf_weight": "1", "ss_weight": "1",
     "kd_T": "1", "tf_T": "1", "ss_T": "1", "ratio_tf": "0.5", "ratio_ss": "0.5", "workers": "1",
 }  # fmt: skip
