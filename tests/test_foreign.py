@@ -129,6 +129,7 @@ def test_without_timm_one_line_says_what_to_install(tmp_path, monkeypatch, fails
     assert "pip install timm" in fails(teacher.main, "--evaluate", tmp_path / "best.pth", *SHORT)
 
 
+@pytest.mark.slow
 def test_the_scripts_start_without_importing_timm(tmp_path):
     (tmp_path / "timm.py").write_text("raise SystemExit('timm was imported')")
     run = run_script("student.py", "--help", cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)})
