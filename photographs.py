@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -52,7 +53,7 @@ class Photographs(Images):
         workers: int = 0,
     ):
         self.batch_size, self.seed, self.workers = batch_size, seed, workers
-        self.crops, self.side, self.labels = Crops(split), split.side, split.labels.to(device)
+        self.paths, self.side, self.labels = split.paths, split.side, split.labels.to(device)
         self.index = (torch.arange(len(self.labels)) if index is None else index).to(device)
         self.mean, self.std = (torch.tensor(values).to(device) for values in statistics)
 
@@ -90,17 +91,19 @@ class Photographs(Images):
         Raises:
             UserError: an image can't be read; names it.
         """
-        chunks = (rows for batch in batches for rows in batch.split(CHUNK))
-        tasks = ((rows, None if seeds is None else seeds[rows]) for rows in chunks)
+        # Workers write into shared memory: at most two tasks each, while this process reads the result of another.
+        count, uint8 = 2 * self.workers + 1, {"dtype": torch.uint8}
+        slots = torch.empty(count, CHUNK, self.side, self.side, 3, **uint8).share_memory_()
+        chunks = enumerate(rows for batch in batches for rows in batch.split(CHUNK))
+        tasks = ((rows.tolist(), None if seeds is None else seeds[rows].tolist(), i % count) for i, rows in chunks)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of more workers than cores, of forking beside other threads
             loader = iter(
                 DataLoader(
-                    self.crops,
-                    batch_size=None,  # a task is what a worker does at once
+                    Crops(self.paths, slots),
+                    batch_size=None,  # the tasks are batches already
                     sampler=tasks,
                     num_workers=self.workers,
-                    pin_memory=self.device.type == "cuda",
                     worker_init_fn=end_with_parent,
                     multiprocessing_context="fork" if self.workers and sys.platform == "linux" else None,
                     generator=torch.Generator(),  # else it draws from the one that dropout uses
@@ -108,34 +111,35 @@ class Photographs(Images):
             )
         try:
             for batch in batches:
-                parts = [next(loader) for _ in batch.split(CHUNK)]
-                for error in parts:
-                    if isinstance(error, Exception):
-                        raise error
-                yield torch.cat([part.to(self.device, non_blocking=True) for part in parts])
+                pixels = torch.empty(len(batch), *slots.shape[2:], **uint8, pin_memory=self.device.type == "cuda")
+                for part in pixels.split(CHUNK):
+                    slot = next(loader)
+                    if isinstance(slot, Exception):
+                        raise slot
+                    part.copy_(slots[slot, : len(part)])
+                yield pixels.to(self.device, non_blocking=True)
             next(loader, None)  # ends the workers
         finally:
             del loader  # ends them after an error, too, although its traceback still holds this frame
 
 
 class Crops(Dataset):
-    """The crops of images in files: `crops[rows, seeds]`, or their centres if `seeds` is None."""
+    """What the workers do: crops of the images `paths`, written into `slots` (M, CHUNK, side, side, 3) uint8."""
 
-    def __init__(self, split: Files):
-        self.paths, self.side = split.paths, split.side
+    def __init__(self, paths: np.ndarray, slots: Tensor):
+        self.paths, self.slots = paths, slots
 
-    def __getitem__(self, task: tuple[Tensor, Tensor | None]) -> Tensor | Exception:
-        """Rows (n,), seeds (n,) → (n, side, side, 3) uint8. An error is returned: raised, it would lose its type."""
-        rows, seeds = task
-        pixels = torch.empty(len(rows), self.side, self.side, 3, dtype=torch.uint8)
-        for i, row in enumerate(rows.tolist()):
+    def __getitem__(self, task: tuple[list[int], list[int] | None, int]) -> int | Exception:
+        """Fills a slot and returns its number, or an error: raised, it would lose its type on the way."""
+        (rows, seeds, slot), side = task, self.slots.shape[2]
+        for i, row in enumerate(rows):
             try:
                 image = decode(Path(os.fsdecode(self.paths[row])))
             except (UserError, OSError) as error:
                 return error
-            cut = centre(image, self.side) if seeds is None else crop(image, self.side, int(seeds[i]))
-            pixels[i] = cut.permute(1, 2, 0)
-        return pixels
+            cut = centre(image, side) if seeds is None else crop(image, side, seeds[i])
+            self.slots[slot, i] = cut.permute(1, 2, 0)
+        return slot
 
 
 def end_with_parent(worker: int) -> None:
