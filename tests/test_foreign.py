@@ -76,7 +76,8 @@ def test_a_librarys_network_is_teacher_and_student_and_its_checkpoint_loads(arch
     assert (folder.name, found.arch) == (f"teacher_{arch}_seed0", arch)
     assert all(torch.equal(value, found.state[name]) for name, value in load(folder).state_dict().items())
     student.main(["--t-path", str(folder), *SHORT_STUDENT, "--experiments", str(tmp_path / "b")])
-    student.main(["--t-path", str(runs.teacher), *SHORT_STUDENT, "--s-arch", arch, "--experiments", str(tmp_path)])
+    zoo = shutil.copytree(runs.teacher, tmp_path / runs.teacher.name)
+    student.main(["--t-path", str(zoo), *SHORT_STUDENT, "--s-arch", arch, "--experiments", str(tmp_path)])
     (run,) = tmp_path.glob(f"sskd_student_{arch}_weight*")
     assert read(run).arch == arch
 
