@@ -10,7 +10,7 @@ import torch
 from harness import processes
 from harness.files import digest, save
 from harness.flags import UserError
-from models import LIBRARIES, build, check_name, weights_of
+from models import LIBRARIES, build, check_name, has_fixed_side, weights_of
 
 
 def local(path: str, check: Callable[[Path], object]) -> Path:
@@ -51,7 +51,9 @@ def _weights(name: str) -> Path:
     if not file.exists():
         check_name(name, ())
         about = weights_of(name)
-        network = build(name, about["classes"], about.pop("side"), pretrained=True)  # convolutions take any side
+        network = build(name, about["classes"], about["side"], pretrained=True)
+        if not has_fixed_side(name):
+            del about["side"]  # convolutions take any
         file.parent.mkdir(parents=True, exist_ok=True)
         save(file, {"state_dict": network.state_dict(), "about": {"arch": name} | about})
     return file

@@ -18,7 +18,7 @@ from pathlib import Path
 from torch import nn
 
 from . import foreign
-from .foreign import LIBRARIES, NetworkError, check_name, is_own, weights_of
+from .foreign import LIBRARIES, NetworkError, check_name, has_fixed_side, is_own, weights_of
 from .mobilenetv2 import MobileNetV2
 from .resnet import ResNet
 from .resnet50 import ResNet50
@@ -28,7 +28,7 @@ from .vgg import VGG
 from .wrn import WideResNet
 
 __all__ = ["LIBRARIES", "NetworkError", "build", "check_name", "folder_name", "is_own", "load", "model_dict"]
-__all__ += ["weights_of"]
+__all__ += ["has_fixed_side", "weights_of"]
 
 _X1, _X4, _X05, _X0375 = (16, 16, 32, 64), (32, 64, 128, 256), (8, 8, 16, 32), (6, 6, 12, 24)
 

@@ -68,6 +68,13 @@ def build(name: str, num_classes: int, side: int, pretrained: bool) -> nn.Module
         return network.train()
 
 
+def trial_images(side: int) -> Tensor:
+    """Two images (2, 3, side, side), in the memory layout of training, in which some networks fail."""
+    return (
+        torch.linspace(-1, 1, 2 * 3 * side * side).view(2, 3, side, side).contiguous(memory_format=torch.channels_last)
+    )
+
+
 @torch.no_grad()
 def check_contract(network: nn.Module, classes: int, side: int) -> None:
     """Tries a network (CPU) on two images. Leaves it in eval mode, otherwise as it was.
@@ -75,8 +82,7 @@ def check_contract(network: nn.Module, classes: int, side: int) -> None:
     Raises:
         ValueError: logits, features or classifier are not as described above. Or whatever the network raises.
     """
-    images = torch.linspace(-1, 1, 2 * 3 * side * side).view(2, 3, side, side)
-    logits = network.eval()(images)
+    logits = network.eval()(images := trial_images(side))
     features, same = network(images, is_feat=True, preact=False)
     width = features[-1].shape[1:]
     if logits.shape != (2, classes) or not torch.allclose(logits, same, rtol=1e-3, atol=1e-4):
@@ -96,12 +102,21 @@ def from_library(name: str, num_classes: int, side: int, pretrained: bool) -> nn
         import timm
 
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # offline, `refusing` says enough
-        sized = {"img_size": side} if timm.models.get_pretrained_cfg(short).fixed_input_size else {}
+        sized = {"img_size": side} if has_fixed_side(name) else {}
         return timm.create_model(short, pretrained=pretrained, num_classes=num_classes, **sized)
     from torchvision.models import get_model
 
-    sized = {"image_size": side} if short.startswith("vit_") else {}
+    sized = {"image_size": side} if has_fixed_side(name) else {}
     return get_model(short, weights="DEFAULT" if pretrained else None, **sized)
+
+
+def has_fixed_side(name: str) -> bool:
+    """Whether the shapes of a library's weights depend on the side of the images."""
+    if name.startswith("torchvision."):
+        return name.startswith("torchvision.vit_")
+    import timm
+
+    return timm.models.get_pretrained_cfg(name.removeprefix("timm.")).fixed_input_size
 
 
 def weights_of(name: str) -> dict[str, Any]:
@@ -178,7 +193,7 @@ def adapted(body: nn.Module, num_classes: int, side: int) -> Foreign:
     Raises:
         ValueError: its classifier is not one linear layer. Or whatever the library's network raises.
     """
-    images = torch.linspace(-1, 1, 2 * 3 * side * side).view(2, 3, side, side)
+    images = trial_images(side)
     with torch.random.fork_rng(devices=[]):  # this trial draws no random number
         expected, fits = body.eval()(images), False
         with contextlib.suppress(Exception):
@@ -204,9 +219,11 @@ def own_class(name: str) -> type[nn.Module]:
     """The class that `FILE.py:CLASS` means; runs the file."""
     file, _, attribute = name.rpartition(":")
     path = Path(file).resolve()
-    spec = importlib.util.spec_from_file_location(f"own_{path.stem}", path)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    sys.path.append(str(path.parent))  # it may import what lies beside it
     with refusing(name):
+        if path.suffix != ".py":
+            raise ValueError("a network of your own is FILE.py:CLASS")
+        spec = importlib.util.spec_from_file_location(f"own_{path.stem}", path)
+        module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+        sys.path.append(str(path.parent))  # it may import what lies beside it
         spec.loader.exec_module(module)
         return getattr(module, attribute)

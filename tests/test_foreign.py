@@ -36,12 +36,18 @@ VARIED += ["torchvision.resnet18", "torchvision.swin_t", "torchvision.densenet12
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in VARIED]
 
 OWN = """
+import torch
 from beside import width
 from models.resnet import ResNet
 
 class Net(ResNet):
     def __init__(self, num_classes):
         super().__init__(8, (width,) * 4, num_classes)
+
+class Flat(Net):
+    def forward(self, x, is_feat=False, preact=False):
+        feature = self.conv1(x)[:, :2, :4, :2].contiguous(memory_format=torch.channels_last).view(len(x), -1)
+        return ([feature], self.fc(feature)) if is_feat else self.fc(feature)
 
 class Lacking(Net):
     def forward(self, x):
@@ -110,6 +116,8 @@ def test_a_stopped_run_of_a_librarys_network_continues_bit_for_bit(arch, tmp_pat
         ("torchvision.squeezenet1_1", "its classifier is not one linear layer"),
         ("nowhere.py:Net", "No such file"),
         ("nets/mine.py:Nothing", "has no attribute 'Nothing'"),
+        ("nets/mine.py:Net:resnet8", "a network of your own is FILE.py:CLASS"),
+        ("nets/mine.py:Flat", "view size is not compatible"),
         ("nets/mine.py:Lacking", "unexpected keyword argument 'is_feat'"),
         ("nets/bad.py:Net", "No module named 'nonexistent'"),
     ],
