@@ -374,7 +374,9 @@ def test_a_compiled_draw_is_the_same():
 # The eleven pairs of the published tables
 
 
-@pytest.mark.parametrize("t_arch, s_arch", PAIRS)
+@pytest.mark.parametrize(
+    "t_arch, s_arch", [PAIRS[0], *(pytest.param(*pair, marks=pytest.mark.slow) for pair in PAIRS[1:])]
+)
 def test_every_pairs_step_runs_on_cuda_without_waiting_for_the_device(t_arch, s_arch):
     """With fake tensors, a tensor on the wrong device fails, and so does a value that the host reads."""
     with FakeTensorMode(), torch.device("cuda"):

@@ -73,7 +73,7 @@ def trained(arch, cwd, *more):
     return folder
 
 
-@pytest.mark.parametrize("arch", [TIMM, VIT, TORCHVISION, *SLOW])
+@pytest.mark.parametrize("arch", [TIMM, TORCHVISION, pytest.param(VIT, marks=pytest.mark.slow), *SLOW])
 def test_a_librarys_network_is_teacher_and_student_and_its_checkpoint_loads(arch, tmp_path, runs):
     for classes, side in ((7, 32), (3, 64)):
         check_network(build(arch, classes, side), arch, classes, side)
