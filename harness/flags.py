@@ -21,8 +21,7 @@ IMAGENET = "ImageNet: --dataset folder --side 224 --epoch 100 --milestones 30 60
 IMAGENET += "--batch-size 256, and for a student --ce-weight 1; see docs/photographs.md"
 LOW_RATE = ("MobileNetV2", "ShuffleV1", "ShuffleV2")  # published with --lr 0.01, all other networks with 0.05
 # flags that don't affect the result; of --t-features only whether features are stored, which `settings` records
-HARMLESS = {"gpu_id", "data_root", "data_url", "workers", "experiments", "evaluate", "t_path", "t_arch", "s_path"}
-HARMLESS |= {"export"}
+HARMLESS = set("gpu_id data_root data_url workers experiments evaluate t_path t_arch s_path export".split())
 
 
 class UserError(Exception):
@@ -76,8 +75,7 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, *given: Any) -> tuple[argparse.Namespace, list[str]]:
         args, rest = super().parse_known_args(*given)
         for name, value in vars(args).items():  # the shell leaves the ~ of --flag=~/path as it is
-            if isinstance(value, str | Path | list):
-                setattr(args, name, _expanded(value))
+            setattr(args, name, _expanded(value))
         return args, rest
 
     def error(self, message: str) -> NoReturn:

@@ -362,22 +362,26 @@ def _digest_of(root: Path, splits: Mapping[str, folders.Folder]) -> str:
     return digest.hexdigest()
 
 
-def _split_of(classes: Mapping[str, list[Path]], side: int, what: str) -> Split:
-    """The images of all classes as squares; the labels count the classes."""
+def _listed(classes: Mapping[str, list[Path]]) -> tuple[list[Path], Tensor]:
+    """The files of all classes, and their labels (N,), which count the classes."""
     files = [file for of_class in classes.values() for file in of_class]
     labels = [label for label, of_class in enumerate(classes.values()) for _ in of_class]
-    return Split(torch.from_numpy(folders.decode(files, side, what)), torch.tensor(labels))
+    return files, torch.tensor(labels)
+
+
+def _split_of(classes: Mapping[str, list[Path]], side: int, what: str) -> Split:
+    """The images of all classes as squares."""
+    files, labels = _listed(classes)
+    return Split(torch.from_numpy(folders.decode(files, side, what)), labels)
 
 
 def _files_of(root: Path, classes: Mapping[str, list[Path]], side: int) -> Files:
-    """The files of all classes; the labels count the classes."""
-    digest, paths, labels = hashlib.sha256(), [], []
-    for label, files in enumerate(classes.values()):
-        for file in files:
-            paths.append(os.fsencode(file))
-            labels.append(label)
-            digest.update(b"%s\0%d\0" % (os.fsencode(file.relative_to(root)), file.stat().st_size))
-    return Files(np.array(paths), torch.tensor(labels), side, digest.hexdigest())
+    """The files of all classes."""
+    files, labels = _listed(classes)
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(b"%s\0%d\0" % (os.fsencode(file.relative_to(root)), file.stat().st_size))
+    return Files(np.array([os.fsencode(file) for file in files]), labels, side, digest.hexdigest())
 
 
 def _sample_of(files: Files) -> Tensor:
