@@ -1,3 +1,5 @@
+import contextlib
+import io
 import itertools
 import json
 import os
@@ -95,17 +97,20 @@ def colours(height, width):
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory):
-    """A tiny teacher and its student, trained from the command line without any interruption."""
-    cwd = tmp_path_factory.mktemp("runs")
-    trained = run_script("teacher.py", "--arch", "resnet8", *TINY, cwd=cwd)
-    assert (trained.returncode, trained.stderr) == (0, "")
+    """A tiny teacher and its student, trained without any interruption or complaint, and what they printed."""
+    cwd, outputs = tmp_path_factory.mktemp("runs"), [io.StringIO(), io.StringIO()]
     teacher_folder = cwd / "experiments" / "teacher_resnet8_seed0"
-    distilled = run_script("student.py", "--t-path", teacher_folder, *TINY_STUDENT, cwd=cwd)
-    assert (distilled.returncode, distilled.stderr) == (0, "")
+    commands = [(teacher.main, ["--arch", "resnet8", *TINY])]
+    commands += [(student.main, ["--t-path", str(teacher_folder), *TINY_STUDENT])]
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(io.StringIO()) as complaints:
+        patch.chdir(cwd)
+        for output, (main, flags) in zip(outputs, commands, strict=True):
+            with contextlib.redirect_stdout(output):
+                main(flags)
+    assert complaints.getvalue() == ""
     (student_folder,) = (cwd / "experiments").glob("sskd_student_*")
-    return SimpleNamespace(
-        cwd=cwd, teacher=teacher_folder, student=student_folder, outputs=[trained.stdout, distilled.stdout]
-    )
+    printed = [output.getvalue() for output in outputs]
+    return SimpleNamespace(cwd=cwd, teacher=teacher_folder, student=student_folder, outputs=printed)
 
 
 @pytest.fixture
