@@ -21,6 +21,7 @@ from torch import Tensor
 
 from harness import flags, processes, sources
 from harness.flags import UserError, warn
+from harness.progress import Progress
 from harness.record import entry
 from harness.sources import SIDE, Files, Source, Split
 
@@ -312,11 +313,14 @@ def main(argv: list[str] | None = None) -> None:
     flags.add_source(parser.add_argument)
     args = parser.parse_args(argv)
     source = sources.read(args.dataset or "cifar100", args.data_root, args.side, args.data_url)
-    if isinstance(source.train, Files):
-        from photographs import check  # which needs this module
-
-        check(source, args.workers)
-    mean, std = (" ".join(f"{x:.4f}" for x in values) for values in (source.mean, source.std))
+    statistics = source.mean, source.std
+    for split in filter(None, (source.train, source.val, source.test)):
+        if isinstance(split, Files):  # which were not decoded yet
+            images = images_of(split, statistics, "cpu", workers=args.workers)
+            with Progress(len(images), "reading", "images") as progress:
+                for batch in images.test_batches(views=1):
+                    progress.add(len(batch.target))
+    mean, std = (" ".join(f"{x:.4f}" for x in values) for values in statistics)
     print(
         f"{source.name}: {len(source.train.labels):,} training and {len(source.test.labels):,} test images, "
         f"{source.side} × {source.side}, {len(source.classes)} classes; mean {mean}, deviation {std}"

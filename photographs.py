@@ -27,8 +27,7 @@ from torchvision.transforms import functional as tvf
 from cifar import LAYOUT, Batch, Images, seeded
 from harness import folders, processes
 from harness.flags import UserError
-from harness.progress import Progress
-from harness.sources import Files, Source
+from harness.sources import Files
 
 CHUNK = 16  # images that a worker hands over at once
 AREA, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # of a training crop: its share of the image, width ÷ height
@@ -200,13 +199,3 @@ def resize(image: Tensor, height: int, width: int) -> Tensor:
     """Bilinear with antialiasing, as Pillow resizes; in channels last it is twice as fast."""
     image = image.unsqueeze(0).contiguous(memory_format=LAYOUT)
     return F.interpolate(image, (height, width), mode="bilinear", antialias=True)[0]
-
-
-def check(source: Source, workers: int) -> None:
-    """Decodes all images of a data set. Raises UserError if one can't be read, and names it."""
-    for name in ("train", "val", "test"):
-        if (split := getattr(source, name)) is not None:
-            images = Photographs(split, (source.mean, source.std), "cpu", workers=workers)
-            with Progress(len(images), f"reading {name}", "images") as progress:
-                for batch in images.test_batches(views=1):
-                    progress.add(len(batch.target))
