@@ -166,11 +166,11 @@ def prepare(args: Namespace, run: Run, networks: Networks, method: Method, image
     """The first phase: AB trains the student up to its last stage, FT its paraphraser of the teacher's map."""
     trained = set_phase(method, networks.student, first=True)
     loss_of = utils.compiled_loss(make_first_loss(networks, method), args.compile, images)
-    sgd = utils.SGD(trained.parameters(), method.first_rate(args.s_arch, args.lr), [], args)
+    sgd = utils.SGD(trained, method.first_rate(args.s_arch, args.lr), [], args)
     parts = {"student": networks.student, "method": method, "first_optimisation": sgd}
     for epoch in run.epochs("first", method.first_epochs, **parts):
         trained.train()
-        meter = utils.Meter(f"first epoch {epoch}", len(images))
+        meter = utils.Meter(f"first epoch {epoch}", len(images), args.amp)
         for batch in images.batches("first", epoch, views=1):
             loss, terms = loss_of(batch)
             sgd.step(loss)
@@ -197,11 +197,11 @@ def distil(
     student, autocast = networks.student, networks.autocast
     trained = set_phase(method, student)
     loss_of = utils.compiled_loss(make_loss(args, networks, method), args.compile, data.train)
-    sgd = utils.SGD(trained.parameters(), args.lr, args.milestones, args)
+    sgd = utils.SGD(trained, args.lr, args.milestones, args)
     for epoch in run.epochs("student", args.epoch, student=student, method=method, optimisation=sgd):
         method.start_epoch(args.seed, epoch)
         trained.train()
-        meter = utils.Meter(f"student epoch {epoch}", len(data.train))
+        meter = utils.Meter(f"student epoch {epoch}", len(data.train), args.amp)
         for batch in (table or data.train).batches("baseline", epoch, views=1):
             loss, terms = loss_of(batch)
             sgd.step(loss)

@@ -122,7 +122,7 @@ def train_ss_head(
     head, device = teacher.proj_head, data.train.device
     autocast = utils.precision(args.amp, device)
     loss_of = utils.compiled_loss(make_ss_loss(teacher, autocast), args.compile, data.train)
-    sgd = utils.SGD(head.parameters(), args.t_lr, args.t_milestones, args)
+    sgd = utils.SGD(head, args.t_lr, args.t_milestones, args)
     test_features = None
     with head_file.alone():
         if not run.resumed and (lines := head_file.read_into(head)):
@@ -130,7 +130,7 @@ def train_ss_head(
         for epoch in run.epochs("ss_head", args.t_epoch, teacher_head=head, head_optimisation=sgd):
             test_features = test_features or ss_test_features(teacher, data.val, autocast)
             seen = table.batches_without_views if table else data.train.batches
-            meter = utils.Meter(f"SS head epoch {epoch}", len(data.train))
+            meter = utils.Meter(f"SS head epoch {epoch}", len(data.train), args.amp)
             for batch in seen("ss_head", epoch, VIEWS):
                 loss, terms = loss_of(batch)
                 sgd.step(loss)
@@ -189,11 +189,11 @@ def distil(
     """Trains the student (backbone and SS head) on the four views of each image."""
     autocast = utils.precision(args.amp, data.train.device)
     loss_of = utils.compiled_loss(make_loss(args, teacher, student, autocast), args.compile, data.train)
-    sgd = utils.SGD(student.parameters(), args.lr, args.milestones, args)
+    sgd = utils.SGD(student, args.lr, args.milestones, args)
     parts = {"student": student, "teacher_head": teacher.proj_head, "optimisation": sgd}
     for epoch in run.epochs("student", args.epoch, **parts):
         student.train()
-        meter = utils.Meter(f"student epoch {epoch}", len(data.train))
+        meter = utils.Meter(f"student epoch {epoch}", len(data.train), args.amp)
         for batch in (table or data.train).batches("student", epoch, VIEWS):
             loss, terms = loss_of(batch)
             sgd.step(loss)

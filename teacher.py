@@ -66,11 +66,11 @@ def train(args: Namespace) -> None:
     model.to(device, memory_format=cifar.LAYOUT)
     autocast = utils.precision(args.amp, device)
     loss_of = utils.compiled_loss(make_loss(model, autocast), args.compile, data.train)
-    sgd = utils.SGD(model.parameters(), args.lr, args.milestones, args)
+    sgd = utils.SGD(model, args.lr, args.milestones, args)
     about = {"arch": args.arch} | data.about
     for epoch in run.epochs("teacher", args.epoch, model=model, optimisation=sgd):
         model.train()
-        meter = utils.Meter(f"teacher epoch {epoch}", len(data.train))
+        meter = utils.Meter(f"teacher epoch {epoch}", len(data.train), args.amp)
         for batch in data.train.batches("teacher", epoch, views=1):
             loss, terms = loss_of(batch)
             sgd.step(loss)

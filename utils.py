@@ -6,7 +6,7 @@ import ctypes
 import functools
 import os
 import random
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -147,14 +147,16 @@ def wide(device: torch.device) -> torch.dtype:
 class SGD:
     """SGD, its MultiStepLR and the gradient scaler of float16, saved and restored as one.
 
+    A step of float16 that overflows changes nothing: neither the parameters nor running statistics and other buffers.
+
     Args:
-        parameters: the tensors to train.
+        network: what trains; restored before this.
         lr, milestones: the learning rate, and the epochs after which it is multiplied by `args.gamma`.
         args: the flags `momentum`, `weight_decay`, `gamma`, `amp`.
     """
 
-    def __init__(self, parameters: Iterable[Tensor], lr: float, milestones: list[int], args: argparse.Namespace):
-        parameters = list(parameters)
+    def __init__(self, network: nn.Module, lr: float, milestones: list[int], args: argparse.Namespace):
+        parameters = list(network.parameters())
         decay = {"momentum": args.momentum, "weight_decay": args.weight_decay}
         # fused: one kernel updates all parameters, and skips an overflowed step without waiting for the host
         self.optimizer = torch.optim.SGD(parameters, lr=lr, fused=True, **decay)
@@ -163,6 +165,8 @@ class SGD:
         self.scheduler = torch.optim.lr_scheduler.MultiStepLR(self.optimizer, milestones, args.gamma)
         # only float16 needs scaled gradients; a disabled scaler changes nothing
         self.scaler = torch.amp.GradScaler(parameters[0].device.type, enabled=args.amp == "fp16")
+        self.buffers = [x for x in network.buffers() if x.is_floating_point()] if args.amp == "fp16" else []
+        self.finite_buffers = self._buffers()
 
     @property
     def lr(self) -> float:
@@ -176,6 +180,14 @@ class SGD:
         processes.add_up(self.optimizer.param_groups[0]["params"])
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        if self.buffers:
+            self.finite_buffers = torch.where(loss.isfinite(), self._buffers(), self.finite_buffers)
+            parts = self.finite_buffers.split([x.numel() for x in self.buffers])
+            torch._foreach_copy_(self.buffers, [part.view_as(x) for part, x in zip(parts, self.buffers, strict=True)])
+
+    def _buffers(self) -> Tensor | None:
+        """A copy of all buffers in one row, None if there are none: few kernels copy them."""
+        return torch.cat([x.flatten() for x in self.buffers]) if self.buffers else None
 
     def end_epoch(self) -> None:
         self.scheduler.step()
@@ -189,6 +201,7 @@ class SGD:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.last_epoch = state["epochs"]
         self.scaler.load_state_dict(state["scaler"])
+        self.finite_buffers = self._buffers()
 
 
 def accuracy(scores: Tensor, target: Tensor, k: int = 1) -> Tensor:
@@ -205,12 +218,14 @@ class Meter:
     Args:
         label: the epoch, for the progress and for errors.
         images: how many images the epoch has; None to show nothing.
+        amp: fp16: steps whose loss is not finite are left out, because `SGD` skips them.
     """
 
-    def __init__(self, label: str, images: int | None = None):
-        self.label = label
+    def __init__(self, label: str, images: int | None = None, amp: str = "off"):
+        self.label, self.skips = label, amp == "fp16"
         self.names: list[str] = []
         self.rows = self.steps = 0
+        self.skipped: Tensor | int = 0  # rows
         self.total: Tensor | int = 0
         self.finite_steps: Tensor | int = 0  # steps before the first that was not finite
         self.progress = None if images is None else Progress(images, label, "images")
@@ -219,6 +234,9 @@ class Meter:
         """Adds scalars that are means over `rows` images, and the loss that they are parts of."""
         self.names = ["loss", *values]
         stacked = torch.stack([value.detach() for value in (loss, *values.values())]).to(wide(loss.device))
+        if self.skips:
+            skipped = ~torch.isfinite(stacked[0])
+            stacked, self.skipped = stacked.masked_fill(skipped, 0), self.skipped + skipped * rows
         self.total = self.total + stacked * rows
         self.finite_steps = self.finite_steps + torch.isfinite(self.total)  # a total that went bad stays bad
         self.rows += rows
@@ -230,10 +248,12 @@ class Meter:
         """The means of the epoch so far; the loss is among them if it has several parts. Waits for the device.
 
         Raises:
-            Fault: the loss was not finite; names the epoch, the step and the terms. A term of weight 0 is no part of
-                the loss and may be anything.
+            Fault: the loss was not finite (with fp16: at any step); names the epoch, the step and the terms. A term of
+                weight 0 is no part of the loss and may be anything.
         """
-        finite, totals = self.finite_steps.tolist(), self.total.tolist()
+        finite, totals, rows = self.finite_steps.tolist(), self.total.tolist(), self.rows - int(self.skipped)
+        if not rows:
+            finite[0] = 0
         if self.progress and (self.rows >= self.progress.total or finite[0] < self.steps):
             self.progress.close()
         if finite[0] < self.steps:
@@ -242,7 +262,7 @@ class Meter:
                 f"{self.label}, step {finite[0] + 1}: {', '.join(bad[1:]) or 'the loss'} is not finite; what was saved "
                 "before is intact. A lower --lr (and for fp16: --amp bf16) helps"
             )
-        means = {name: total / self.rows for name, total in zip(self.names, totals, strict=True)}
+        means = {name: total / rows for name, total in zip(self.names, totals, strict=True)}
         if sum(name.endswith("_loss") for name in means) == 1:
             del means["loss"]
         return means

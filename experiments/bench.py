@@ -193,9 +193,9 @@ def here_side(plan: Plan, pair: str) -> Side:
 
         return step
 
-    sgd = utils.SGD(network.parameters(), args.lr, args.milestones, args)
+    sgd = utils.SGD(network, args.lr, args.milestones, args)
     student_step = stepping(student.make_loss(args, teacher, network, autocast), sgd)
-    head_sgd = utils.SGD(head.parameters(), args.t_lr, args.t_milestones, args)
+    head_sgd = utils.SGD(head, args.t_lr, args.t_milestones, args)
     ss_step = stepping(student.make_ss_loss(teacher, autocast), head_sgd)
 
     def ss_epoch(batches: Iterator) -> None:

@@ -410,6 +410,6 @@ def test_every_method_trains_a_step_of_every_pair(t_arch, s_arch, method, amp):
         trained = methods.set_phase(made, networks.student, first)
         loss, _ = loss_of(batch)
         assert loss.isfinite()
-        utils.SGD(trained.parameters(), 0.001, [], args).step(loss)
+        utils.SGD(trained, 0.001, [], args).step(loss)
     changed = set(before) - same(before, networks.student.state_dict())
     assert {name for name, _ in networks.student.named_parameters()} <= changed

@@ -174,7 +174,7 @@ class Training:
             made = baseline.make_first_loss(networks, self.method) if first else None
             loss_of = made or baseline.make_loss(args, networks, self.method)
         self.network, self.loss_of = network, utils.compiled_loss(loss_of, compile, self.data)
-        self.sgd, self.meter = utils.SGD(self.trained.parameters(), 0.001, [9], args), utils.Meter(what)
+        self.sgd, self.meter = utils.SGD(self.trained, 0.001, [9], args), utils.Meter(what)
         epochs = (self.data.batches("check", epoch, self.views) for epoch in itertools.count(1))
         self.batches = itertools.chain.from_iterable(epochs)
         self.trained.train()

@@ -63,7 +63,7 @@ def test_both_training_steps_follow_the_published_trajectories():
     case = GOLDEN["ss_head_trajectory"]
     batch = batch_of(*trajectory_batch(case))
     fixed, args = warm_teacher(case["teacher"], batch.x), args_of()
-    sgd = utils.SGD(fixed.proj_head.parameters(), args.t_lr, args.t_milestones, args)
+    sgd = utils.SGD(fixed.proj_head, args.t_lr, args.t_milestones, args)
     loss_of = student.make_ss_loss(fixed, FULL)
     for loss_before, accuracy in case["steps"]:
         loss, logged = loss_of(batch)
@@ -74,7 +74,7 @@ def test_both_training_steps_follow_the_published_trajectories():
     case = GOLDEN["student_trajectory"]
     network = fill(Wrapper(model_dict[case["student"]]()).double(), case["student_fill_base"])
     network.to(memory_format=torch.channels_last).train()
-    sgd = utils.SGD(network.parameters(), args.lr, args.milestones, args)
+    sgd = utils.SGD(network, args.lr, args.milestones, args)
     loss_of = student.make_loss(args, fixed, network, FULL)
     for *terms, total in case["steps"]:
         loss, logged = loss_of(batch)
@@ -158,7 +158,7 @@ def test_a_whole_step_stays_on_the_device_and_in_channels_last(s_arch):
     data = cifar.Images(sources.synthetic(False, 8), STATISTICS["synthetic"], CPU, batch_size=8)
     fixed, network = (Wrapper(model_dict[arch]()).to(memory_format=torch.channels_last) for arch in ("resnet8", s_arch))
     loss_of = student.make_loss(args_of(), folded(fixed.eval()), network, FULL)
-    sgd = utils.SGD(network.parameters(), 0.05, [1], args_of())
+    sgd = utils.SGD(network, 0.05, [1], args_of())
     batches, meter = data.batches("student", 1, 4), utils.Meter("test")
     with Watch() as seen:
         batch = next(batches)

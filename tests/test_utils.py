@@ -1,6 +1,7 @@
 """utils.py: SGD, meters, evaluation, the sizes of networks."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -31,7 +32,7 @@ def test_sgd_is_the_published_optimizer_and_schedule(amp):
     torch.manual_seed(0)
     start = torch.randn(5)
     ours, theirs = (nn.Parameter(start.clone()) for _ in range(2))
-    sgd = utils.SGD([ours], 0.3, [2, 3], flags("--amp", amp, "--gamma", "0.5"))
+    sgd = utils.SGD(nn.ParameterList([ours]), 0.3, [2, 3], flags("--amp", amp, "--gamma", "0.5"))
     optimizer = torch.optim.SGD([theirs], 0.3, momentum=0.9, weight_decay=5e-4)
     for rate in (0.3, 0.3, 0.15, 0.075):
         assert sgd.lr == pytest.approx(rate, rel=1e-12)
@@ -48,11 +49,11 @@ def test_sgd_is_the_published_optimizer_and_schedule(amp):
 def test_a_restored_sgd_goes_on_as_the_saved_one():
     args = flags("--amp", "fp16")
     a, b = (nn.Parameter(torch.arange(4.0)) for _ in range(2))
-    first = utils.SGD([a], 0.1, [1, 3], args)
+    first = utils.SGD(nn.ParameterList([a]), 0.1, [1, 3], args)
     for _ in range(2):
         first.step((a**2).sum())
         first.end_epoch()
-    second = utils.SGD([b], 0.1, [1, 3], args)
+    second = utils.SGD(nn.ParameterList([b]), 0.1, [1, 3], args)
     second.load_state_dict(copy.deepcopy(first.state_dict()))  # as read from a file
     b.data.copy_(a.data)
     for _ in range(3):
@@ -62,6 +63,38 @@ def test_a_restored_sgd_goes_on_as_the_saved_one():
         assert torch.equal(a, b)
         assert first.lr == second.lr
     assert first.lr == pytest.approx(0.001)
+
+
+@pytest.mark.parametrize("restored", [False, True])
+def test_a_step_of_float16_that_overflows_in_the_forward_pass_changes_nothing(restored):
+    torch.manual_seed(0)
+    args, x = flags("--amp", "fp16"), torch.randn(4, 3, 5, 5)
+    network, meter = (
+        nn.Sequential(nn.Conv2d(3, 2, 3), nn.BatchNorm2d(2), nn.Flatten()),
+        utils.Meter("epoch 1", amp="fp16"),
+    )
+    sgd, losses = utils.SGD(network, 0.1, [9], args), []
+
+    def step(images):
+        with torch.autocast("cpu", torch.float16):
+            loss = network(images).float().sigmoid().mean()
+        sgd.step(loss)
+        meter.add(len(images), loss, {"ce_loss": loss, "acc": loss * 2})
+        losses.append(loss.item())
+        return {name: value.clone() for name, value in network.state_dict().items() if "batches" not in name}
+
+    before = step(x)
+    if restored:
+        state, sgd = sgd.state_dict(), utils.SGD(network, 0.1, [9], args)
+        sgd.load_state_dict(state)
+    after = step(x * 1e6)
+    assert math.isnan(losses[1]) and all(torch.equal(value, before[name]) for name, value in after.items())
+    assert not any(torch.equal(value, before[name]) for name, value in step(x[:2]).items())
+    assert meter.means()["acc"] == pytest.approx((4 * 2 * losses[0] + 2 * 2 * losses[2]) / 6, rel=1e-6)
+    meter = utils.Meter("epoch 2", amp="fp16")
+    step(x * 1e6)
+    with pytest.raises(Fault, match="epoch 2, step 1: the loss is not finite"):
+        meter.means()
 
 
 # ------------------------------------------------------------------------------------------------ device and precision
