@@ -103,6 +103,7 @@ class Photographs(Images):
                     batch_size=None,  # the tasks are batches already
                     sampler=tasks,
                     num_workers=self.workers,
+                    prefetch_factor=2 if self.workers else None,
                     worker_init_fn=end_with_parent,
                     multiprocessing_context="fork" if self.workers and sys.platform == "linux" else None,
                     generator=torch.Generator(),  # else it draws from the one that dropout uses

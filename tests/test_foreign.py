@@ -17,6 +17,7 @@ from PIL import Image
 import student
 import teacher
 from experiments import sweep
+from harness import fetch, sources
 from harness.checkpoint import read, teacher_name
 from harness.flags import UserError
 from methods import METHODS, Outputs
@@ -254,6 +255,15 @@ def test_the_librarys_own_weights_are_a_teacher_of_its_own_classes(arch, cached,
             Image.new("RGB", (32, 32), (label % 256, label // 4, 0)).save(file)
     student.main(["--t-path", arch, *SHORT_STUDENT, "--dataset", "folder"])
     assert list(tmp_path.glob(f"experiments/sskd_student_resnet8_weight*_seed0_{arch}*/result.json"))
+
+
+@pytest.mark.slow
+def test_weights_that_fit_one_side_only_say_which(cached, monkeypatch):
+    monkeypatch.setattr(fetch, "build", lambda *about, pretrained: build(*about))
+    found = read(VIT)
+    assert found.network().body.patch_embed.img_size == (224, 224)
+    with pytest.raises(UserError, match="224 pixels a side; synthetic has 32"):
+        sources.read("synthetic", "").seen_by(found.about, found.file)
 
 
 @pytest.mark.parametrize(
