@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import cifar
 import utils
-from harness import checkpoint, flags, processes
+from harness import checkpoint, flags, machine, processes
 from harness.checkpoint import teacher_name
 from harness.export import export
 from harness.record import Run, entry
@@ -82,9 +82,9 @@ def train(args: Namespace) -> Path:
     if run.finished():
         return run.folder
     flags.warn_of_schedule(args)
-    device = utils.pick_device(args.gpu_id)
+    device = machine.pick_device(args.gpu_id)
     data = cifar.load(source, args, device)
-    utils.set_up(args, device)
+    machine.set_up(args, device)
 
     student = Wrapper(build(args.s_arch, len(source.classes), source.side))
     for module in (student, network):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import cifar
 import utils
-from harness import checkpoint, flags, processes, sources
+from harness import checkpoint, flags, machine, processes, sources
 from harness.record import Run, entry
 from models import LIBRARIES, build, folder_name, model_dict, weights_of
 from wrapper import check_network
@@ -56,9 +56,9 @@ def train(args: Namespace) -> None:
     if run.finished():
         return
     flags.warn_of_schedule(args)
-    device = utils.pick_device(args.gpu_id)
+    device = machine.pick_device(args.gpu_id)
     data = cifar.load(source, args, device)
-    utils.set_up(args, device)
+    machine.set_up(args, device)
 
     model = build(args.arch, len(source.classes), source.side, bool(args.pretrained))
     check_network(model, args.arch, len(source.classes), source.side)
@@ -110,7 +110,7 @@ def evaluate(args: Namespace) -> None:
     found = checkpoint.read(args.evaluate, args.arch)
     source = sources.read_for(args, found.about, found.file, train=False)
     model = found.network(len(source.classes), source.side)
-    device = utils.pick_device(args.gpu_id)
+    device = machine.pick_device(args.gpu_id)
     images = cifar.test_images(source, args, device)
     model.to(device, memory_format=cifar.LAYOUT)
     test = utils.evaluate(model, images, utils.precision(args.amp, device))

@@ -58,7 +58,7 @@ import cifar
 import student
 import utils
 from experiments import published
-from harness import flags, sources
+from harness import flags, machine, sources
 from harness.flags import Fault, UserError
 from harness.record import entry
 from losses import VIEWS, sskd_terms
@@ -160,7 +160,7 @@ def here_side(plan: Plan, pair: str) -> Side:
     """This repository, set up as in its scripts."""
     flagged = [*FLAGS, "--amp", plan.amp, "--tf32", plan.tf32]
     args, autocast = student.parse_args(flagged), utils.precision(plan.amp, plan.device)
-    utils.set_up(args, plan.device)
+    machine.set_up(args, plan.device)
     cifar.LAYOUT = plan.layout
     teacher, network = (net.to(memory_format=cifar.LAYOUT) for net in make_networks(pair, plan.device))
     teacher, head = freeze(teacher), teacher.proj_head
@@ -492,7 +492,7 @@ def published_pairs() -> list[str]:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     try:
-        device = torch.zeros(1, device=args.device).device if args.device else utils.pick_device(0)
+        device = torch.zeros(1, device=args.device).device if args.device else machine.pick_device(0)
     except (RuntimeError, AssertionError) as error:  # this build or machine has no such device
         raise UserError(f"--device {args.device}: {error}") from error
     plan, pairs = Plan(device, args.amp, args.compile), args.pairs

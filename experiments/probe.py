@@ -24,7 +24,7 @@ from torch import Tensor, nn
 import cifar
 import utils
 from experiments.similarity import outputs
-from harness import checkpoint, flags, sources
+from harness import checkpoint, flags, machine, sources
 from harness.record import entry
 
 
@@ -76,7 +76,7 @@ def probe(found: checkpoint.Checkpoint, source: sources.Source, args: Namespace,
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     checkpoints = [checkpoint.read(path) for path in args.networks]
-    device = utils.pick_device(args.gpu_id)
+    device = machine.pick_device(args.gpu_id)
     of_side = {}  # the images, by the side that networks were trained with
     for path, found in zip(args.networks, checkpoints, strict=True):
         side = found.about.get("side") if args.dataset == "folder" else None

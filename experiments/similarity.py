@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 import cifar
 import utils
-from harness import checkpoint, flags, sources
+from harness import checkpoint, flags, machine, sources
 from harness.record import entry
 from methods import kd_loss
 
@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> None:
         teacher, *students = (checkpoint.read(path) for path in (args.t_path, *args.students))
         source = sources.read_for(args, teacher.about, teacher.file, train=False)
         seen = [source, *(source.seen_by(student.about, student.file) for student in students)]
-        device = utils.pick_device(args.gpu_id)
+        device = machine.pick_device(args.gpu_id)
 
     def outputs_of(found: checkpoint.Checkpoint, its: sources.Source) -> tuple[Tensor, Tensor]:
         """A network's outputs for the images as it was trained to see them; the classes in the teacher's order."""

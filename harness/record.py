@@ -35,6 +35,7 @@ from torch import Tensor
 from harness import processes
 from harness.files import digest, lock, plain, read_state, restoring, save, write_atomically
 from harness.flags import Fault, UserError, tell, warn
+from harness.machine import device_name
 from models import NetworkError
 
 CONDITIONS = (
@@ -368,11 +369,6 @@ def _summary(result: dict) -> str:
     if "test_acc" not in result:
         return f"best {best}"
     return f"test accuracy {result['test_acc']:.2f}; best validation {best}"
-
-
-def device_name(device: torch.device) -> str:
-    """The product name of the device."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
 
 
 def _environment(device: torch.device) -> dict:

@@ -17,6 +17,7 @@ import cifar
 import student
 import teacher
 import utils
+from harness import machine
 from harness.shapes import synthetic
 from harness.sources import STATISTICS, Split
 from losses import VIEWS
@@ -223,7 +224,7 @@ def test_a_step_does_not_wait_for_the_device(what, amp):
 )
 def test_replayed_graphs_compute_what_eager_steps_do(what, pair, amp):
     """Losses, weights, statistics and banks over five epochs: warm-up, recording, replay."""
-    utils.set_up(student.parse_args(["--t-path", "-", "--s-arch", "resnet8", "--tf32", "off"]), DEVICE)
+    machine.set_up(student.parse_args(["--t-path", "-", "--s-arch", "resnet8", "--tf32", "off"]), DEVICE)
     torch.backends.cudnn.benchmark = False
     torch.compiler.reset()
     counters.clear()
