@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.utils import make_grid
 
 from harness import processes
 from harness.flags import Fault
@@ -268,6 +267,8 @@ def show(run: Run, epoch: int, teacher: nn.Module, student: nn.Module, data: Any
 
 def views_image(views: Tensor, per_image: int) -> Tensor:
     """Views (V·N, 3, H, W) in [0, 1] → one image: a row for each of the N images with its V = `per_image` views."""
+    from torchvision.utils import make_grid  # here: it takes as long to import as PyTorch
+
     return make_grid(views, nrow=per_image, padding=1)
 
 

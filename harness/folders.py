@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
-from torchvision.transforms import functional as tvf
 
 from harness.files import kind_of
 from harness.flags import UserError
@@ -208,6 +207,8 @@ def square(path: Path, side: int) -> np.ndarray:
     Raises:
         UserError: as `picture` says.
     """
+    from torchvision.transforms import functional as tvf  # here: it takes as long to import as PyTorch
+
     return np.asarray(tvf.center_crop(tvf.resize(picture(path), side), side))
 
 

@@ -19,7 +19,6 @@ from urllib.request import urlretrieve
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision import datasets as tv
 
 from harness import folders, processes
 from harness.files import alone
@@ -245,6 +244,8 @@ def read_for(
 
 def _archive(name: str, root: Path, url: str | None) -> list[Split]:
     """Training and test split of an archive, which torchvision downloads if need be, checks and unpacks."""
+    from torchvision import datasets as tv  # here: it takes as long to import as PyTorch
+
     dataset = {"cifar100": tv.CIFAR100, "cifar10": tv.CIFAR10}[name]
     mirrored, archive = type(dataset.__name__, (dataset,), {"url": url or dataset.url}), root / dataset.filename
     try:

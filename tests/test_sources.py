@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import colours
 from PIL import Image
+from torchvision import datasets as tv
 
 import cifar
 import student
@@ -63,7 +64,7 @@ def expected(name, tiny):
 def archive(tiny, tmp_path, monkeypatch, request):
     """`tiny` as an archive of torchvision's layout, which torchvision now expects: its file, URL, name and source."""
     name = getattr(request, "param", "cifar100")
-    dataset, key = (sources.tv.CIFAR100, "fine_labels") if name == "cifar100" else (sources.tv.CIFAR10, "labels")
+    dataset, key = (tv.CIFAR100, "fine_labels") if name == "cifar100" else (tv.CIFAR10, "labels")
     train, test = ({"data": x.transpose(0, 3, 1, 2).reshape(-1, 3072), key: y.tolist()} for x, y in tiny)
     place, sums = tmp_path / "unpacked" / dataset.base_folder, {}
     place.mkdir(parents=True)
@@ -115,8 +116,8 @@ def test_an_archive_that_cannot_be_had_is_named_and_a_better_mirror_helps(mirror
 
 
 def test_of_four_first_starts_one_reads_the_archive(archive, root, monkeypatch):
-    reads, download = [], sources.tv.CIFAR100.download
-    monkeypatch.setattr(sources.tv.CIFAR100, "download", lambda self: reads.append(self.train) or download(self))
+    reads, download = [], tv.CIFAR100.download
+    monkeypatch.setattr(tv.CIFAR100, "download", lambda self: reads.append(self.train) or download(self))
     with ThreadPoolExecutor(4) as pool:  # each opens the lock file anew, as processes do
         for source in pool.map(lambda _: sources.read("cifar100", root, url=archive.url), range(4)):
             assert_equal(source, archive.source)
