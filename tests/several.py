@@ -14,7 +14,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 import torch.distributed as dist
-import torch.utils.flop_counter  # here, since it takes a second that each process would spend again
+import torch.utils.flop_counter  # here, since they take seconds that each process would spend again
+import torchvision.utils  # noqa: F401
 from conftest import end_of
 
 import cifar
