@@ -12,7 +12,8 @@ import sys
 from pathlib import Path
 
 import torch
-import torch.utils.flop_counter  # here, since it takes a second that each process would spend again
+import torch.utils.flop_counter  # here, since they take seconds that each process would spend again
+import torchvision.utils  # noqa: F401
 
 
 def die_at(moment: str) -> None:

@@ -221,8 +221,9 @@ def test_a_file_system_without_locks_is_no_obstacle(number, short, tmp_path, mon
 # ---------------------------------------------------------------------------------- a full disk, a missing permission
 
 
-def test_any_failing_write_ends_in_one_line_and_costs_no_checkpoint(runs, tmp_path, monkeypatch, capsys):
-    """Each single write of a short run fails once; the same command then ends as if nothing had happened."""
+@pytest.mark.parametrize("every", [pytest.param(1, marks=pytest.mark.slow), 3])
+def test_any_failing_write_ends_in_one_line_and_costs_no_checkpoint(every, runs, tmp_path, monkeypatch, capsys):
+    """Single writes of a short run fail once; the same command then ends as if nothing had happened."""
 
     def run(root, number=0):
         write, calls = failing(os.fsync, number)
@@ -236,7 +237,7 @@ def test_any_failing_write_ends_in_one_line_and_costs_no_checkpoint(runs, tmp_pa
     status, _, writes = run(whole)
     assert status == 0 and writes >= 10
     expected = contents(whole)
-    for number in range(1, writes + 1):
+    for number in range(1, writes + 1, every):
         root = place_teacher(runs, tmp_path / str(number))
         status, printed, _ = run(root, number)
         if status == 0:  # a run can do without one write
