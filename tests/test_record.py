@@ -370,6 +370,7 @@ def test_a_signal_ends_the_run_in_one_line_and_the_same_command_continues(
     assert contents(tmp_path / runs.teacher.name) == without_head(contents(runs.teacher))
 
 
+@pytest.mark.slow
 def test_of_two_processes_started_at_once_in_one_folder_one_runs(tmp_path):
     flags = ["--arch", "resnet8", *SHORT, "--epoch", "1000000"]
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}

@@ -118,7 +118,10 @@ def test_the_same_flags_train_the_same_network_and_a_finished_run_is_left_alone(
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
 
 
-@pytest.mark.parametrize("more", [["--deterministic"], ["--amp", "bf16"], ["--amp", "fp16"]], ids=" ".join)
+BF16 = pytest.param(["--amp", "bf16"], marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("more", [["--deterministic"], BF16, ["--amp", "fp16"]], ids=" ".join)
 def test_half_precision_and_deterministic_runs_learn(more, tmp_path):
     teacher.main(["--arch", "resnet8", *TINY, "--experiments", str(tmp_path), *more])
     assert torch.are_deterministic_algorithms_enabled() == (more == ["--deterministic"])
