@@ -298,8 +298,8 @@ def load(source: Source, args: Namespace, device: torch.device | str) -> Data:
     if args.label_noise > 0:
         noisy = label_noise(source.train.labels[rows], args.label_noise, len(source.classes), args.seed)
         train.labels = noisy.to(device)
-    if (images := min(args.batch_size, len(train))) < processes.COUNT:
-        raise UserError(f"a batch of {images} images is too small for {processes.COUNT} processes; start fewer of them")
+    if (size := min(args.batch_size, len(train))) < processes.COUNT:
+        raise UserError(f"a batch of {size} images is too small for {processes.COUNT} processes; start fewer of them")
     if args.batch_size > len(train):
         more = f"--batch-size {args.batch_size} is more than the {len(train)} training images"
         warn(f"{more}: an epoch is one step")

@@ -237,10 +237,17 @@ def data_name(args: argparse.Namespace) -> str:
 
 
 def settings(args: argparse.Namespace, identity: Mapping[str, Any]) -> dict[str, Any]:
-    """What the result of a run depends on: its flags, and the `identity` of its data and teacher."""
+    """What the result of a run depends on: its flags, and the `identity` of its data and teacher.
+
+    Raises:
+        UserError: features are to be stored, but these images have none that come again.
+    """
     found = {name: value for name, value in vars(args).items() if name not in HARMLESS}
     if "t_features" in found:  # memory and disk give the same bits, compute gives others
         found["t_features"] = None if args.t_features == "compute" else "stored"
+        if found["t_features"] and identity.get("side", 0) > STORED:
+            why = f"with --side {identity['side']} no image is cropped the same way twice, so there is nothing to store"
+            raise UserError(f"--t-features {args.t_features}: {why}; use compute")
     return found | identity
 
 

@@ -38,16 +38,8 @@ from harness.flags import Fault, UserError, tell, warn
 from harness.machine import device_name
 from models import NetworkError
 
-CONDITIONS = (
-    "commit",
-    "python",
-    "torch",
-    "cuda",
-    "cudnn",
-    "device",
-    "threads",
-    "processes",
-)  # the last digits of a run may depend on them
+# the last digits of a run may depend on them
+CONDITIONS = ("commit", "python", "torch", "cuda", "cudnn", "device", "threads", "processes")
 
 # ---------------------------------------------------------------------------------------------------- how a script ends
 

@@ -231,9 +231,6 @@ def read_for(
         print(f"data: {name}, because {file} was trained on it", flush=True)
     if name == "folder":
         side = side or about.get("side")
-        if (side or 0) > STORED and vars(args).get("t_features", "compute") != "compute":
-            why = f"with --side {side} no image is cropped the same way twice, so there is nothing to store"
-            raise UserError(f"--t-features {args.t_features}: {why}; use compute")
     sizes, train = (args.train_size, args.test_size), train or not {"mean", "std"} <= about.keys()
     source = read(name, args.data_root, side, args.data_url, sizes, train, about.get("names", ()))
     return source.seen_by(about, file)
