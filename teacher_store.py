@@ -7,21 +7,13 @@ in a table. The backbone computes a view when it is first used; from then on the
 """
 
 import contextlib
-import errno
 import hashlib
 import math
-import mmap
-import os
-import re
-import shutil
-import weakref
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -31,6 +23,7 @@ from harness.files import alone, digest, read_state, restoring, save
 from harness.flags import Fault, UserError, warn
 from harness.progress import Progress
 from harness.record import refuse_unfinished
+from harness.rows import FileRows, Rows
 from harness.sources import Source, read_for
 from utils import evaluate, precision
 from wrapper import classifier
@@ -167,9 +160,7 @@ def features(args: Namespace, file: Path, identity: dict, images: Images, backbo
 class Features:
     """The teacher's last feature of any view of the training images: computed on first use, then read from a table.
 
-    A row of the table holds the `width` float16 features of one image and window, and a checksum of them and of the
-    row's number. A row with a wrong checksum is computed and written again: it may be new, half written by a process
-    that was killed, or damaged.
+    A row of the table holds the float16 features of one image and window.
 
     Args:
         images: the training images.
@@ -183,20 +174,15 @@ class Features:
 
     def __init__(self, images: Images, backbone: nn.Module, autocast: Callable, key: str, folder: Path | None):
         self.images, self.backbone, self.autocast = images, backbone, autocast
-        self.width, self.windows = classifier(backbone).in_features, len(images.windows[1])
+        self.windows = len(images.windows[1])
         self.batch = 1024 if images.device.type == "cuda" else 64  # always this shape, so that no bit depends on it
-        generator = torch.Generator().manual_seed(int(key[:15], 16))
-        factors = torch.randint(-(2**63), 2**63 - 1, (self.width + 1,), generator=generator)
-        self.factors = factors.to(images.device) | 1
-        words = self.width + 4  # 4 words of 16 bits hold the checksum
+        width, own = classifier(backbone).in_features, len(images) * self.windows
         if folder is None:
-            self.index, self.file = torch.arange(len(images), device=images.device), None
-            self.table = _memory_table(len(images) * self.windows, words, images.device)
+            self.index = torch.arange(len(images), device=images.device)
+            self.table = Rows(own, width, key, images.device)
         else:
-            self.index, self.path = images.index, folder / f"features_{key}.bin"
-            count, own = (int(self.index.max()) + 1) * self.windows, len(images) * self.windows
-            self.table, self.file = _disk_table(self.path, count, words, own)
-            weakref.finalize(self, os.close, self.file)
+            self.index, count = images.index, (int(images.index.max()) + 1) * self.windows
+            self.table = FileRows(folder / f"features_{key}.bin", count, width, key, images.device, own)
 
     def batches(self, phase: str, epoch: int, views: int) -> Iterator[Batch]:
         """The batches of `Images.batches`, each completed with its feature."""
@@ -218,16 +204,15 @@ class Features:
         """The features of the views `window` (N, V) of the images `rows` (N,): (N, V, width) float16."""
         places = (self.index[rows].unsqueeze(1) * self.windows + window).flatten()
         rows, flat = rows.repeat_interleave(window.shape[1]), window.flatten()
-        words = self.read(places)  # N·V x (width + 4)
-        unknown = (words[:, self.width :] != self.checksum(words, places)).any(1).nonzero().squeeze(1)
+        words, known = self.table.read(places)  # N·V x width
+        unknown = (~known).nonzero().squeeze(1)
         with Progress(len(unknown), "new features", "views") as progress:
             for i in range(0, len(unknown), self.batch):
                 some = unknown[i : i + self.batch]
-                words[some, : self.width] = self.compute(rows[some], flat[some])
-                words[some, self.width :] = self.checksum(words[some], places[some])
-                self.write(places[some], words[some])
+                words[some] = self.compute(rows[some], flat[some])
+                self.table.write(places[some], words[some])
                 progress.add(len(some))
-        return words[:, : self.width].view(torch.float16).unflatten(0, window.shape)
+        return words.view(torch.float16).unflatten(0, window.shape)
 
     def compute(self, rows: Tensor, window: Tensor) -> Tensor:
         """The features of up to `batch` single views: (n,), (n,) → (n, width), the 16 bits of each float16.
@@ -242,77 +227,3 @@ class Features:
         if not feature.isfinite().all():
             raise UserError("a feature of the teacher is not finite in float16; use --t-features compute")
         return feature.view(torch.int16)
-
-    def checksum(self, words: Tensor, places: Tensor) -> Tensor:
-        """Rows (n, width + 4), their numbers (n,) → the checksums (n, 4): an odd number of 64 bits, so never 0."""
-        parts = zip(words.split(4096), places.split(4096), strict=True)  # their products fit in the caches
-        sums = [(x[:, : self.width] * self.factors[1:]).sum(1) + (n + 1) * self.factors[0] for x, n in parts]
-        return (torch.cat(sums) | 1).unsqueeze(1).view(torch.int16)
-
-    def read(self, places: Tensor) -> Tensor:
-        """The rows at `places` (n,), on the device of the images."""
-        if self.file is None:
-            return self.table[places]
-        ascending, order = places.cpu().sort()
-        with ThreadPoolExecutor(16) as pool:  # parallel requests make a disk 10 times as fast
-            parts = pool.map(lambda part: self.table.take(part, 0), np.array_split(ascending.numpy(), 16))
-            words = torch.from_numpy(np.concatenate(list(parts)))
-        return torch.empty_like(words).index_copy_(0, order, words).to(places.device)
-
-    def write(self, places: Tensor, words: Tensor) -> None:
-        """Writes rows at `places` (n,).
-
-        Raises:
-            Fault: the disk is full.
-        """
-        if self.file is None:
-            self.table[places] = words
-            return
-        try:
-            for place, content in zip(places.tolist(), words.cpu().numpy(), strict=True):
-                # not through the mapping: on a full disk that would kill the process
-                if os.pwrite(self.file, content, place * content.nbytes) < content.nbytes:
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        except OSError as error:
-            raise Fault(f"{self.path} could not be written: {error.strerror}; what it holds stays valid") from error
-
-
-def _memory_table(count: int, words: int, device: torch.device) -> Tensor:
-    """Zeros (count, words) of 16 bits on the device."""
-    size, free = 2 * count * words, math.inf
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-    elif (info := Path("/proc/meminfo")).exists():  # Linux: what can be used without swapping
-        free = int(re.search(r"MemAvailable:\s+(\d+)", info.read_text())[1]) * 1024
-    if size > 0.75 * free:  # the rest is for training
-        raise UserError(
-            f"--t-features memory: the features take {size / 1e9:.1f} GB of the {free / 1e9:.1f} GB that are free on "
-            f"the {device}, and training needs some; use --t-features disk or compute"
-        )
-    print(f"features: up to {size / 1e9:.1f} GB in the memory of the {device}", flush=True)
-    return torch.zeros(count, words, dtype=torch.int16, device=device)
-
-
-def _disk_table(path: Path, count: int, words: int, own: int) -> tuple[np.ndarray, int]:
-    """The file at `path`, at least (count, words) of 16 bits, mapped for reading, and its descriptor for writing.
-
-    The file is sparse, and several processes read and write it at once; this one writes at most `own` rows.
-    """
-    size = 2 * count * words
-    try:
-        there = path.stat().st_blocks * 512 if path.exists() else 0
-        growth, free = max(0, min(2 * own * words, size - there)), shutil.disk_usage(path.parent).free
-        if growth > free:
-            raise UserError(
-                f"--t-features disk: {path} will grow by {growth / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free "
-                "there; make room, or use --t-features memory or compute"
-            )
-        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        if os.fstat(file).st_size < size:
-            os.pwrite(file, b"\0", size - 1)  # ftruncate might cut off what another process has just added
-        mapped = mmap.mmap(file, size, access=mmap.ACCESS_READ)
-        mapped.madvise(mmap.MADV_RANDOM)  # else the system reads ahead, and fills memory with unused rows
-    except OSError as error:
-        raise UserError(f"{path} cannot be used: {error.strerror}; --t-features memory needs no file") from error
-    print(f"features: {path}, {there / 1e9:.1f} of up to {size / 1e9:.1f} GB", flush=True)
-    return np.frombuffer(mapped, np.int16).reshape(count, words), file

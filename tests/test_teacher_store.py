@@ -1,18 +1,12 @@
 """teacher_store.py: later students find a teacher's SS head and features; nothing damaged or foreign is used."""
 
-import contextlib
-import errno
-import itertools
 import json
-import os
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TINY_STUDENT, contents, end_of, plain, stop_at
@@ -25,7 +19,7 @@ import utils
 from harness import sources
 from harness.checkpoint import Checkpoint
 from harness.files import read_state
-from harness.flags import Fault, UserError
+from harness.flags import UserError
 from harness.sources import STATISTICS, Split
 from models import load, model_dict
 from teacher_store import SSHeadFile, doubt_about, fingerprint, read_teacher, report_teacher
@@ -363,85 +357,6 @@ def test_another_teacher_data_set_precision_or_device_has_another_table(monkeypa
     keys += [key(**{part: "another"}) for part in IDENTITY]
     assert len(set(keys)) == len(keys)
     assert key("--seed", "1", "--lr", "1", "--few-shot", "0.5", "--batch-size", "8", "--compile") == key()
-
-
-DAMAGE = {
-    "cut short": lambda words, other: words[: len(words) // 2],
-    "noise": lambda words, other: np.random.default_rng(0).integers(-(2**15), 2**15, words.shape, np.int16),
-    "in another order": lambda words, other: words[::-1],
-    "no checksums": lambda words, other: words * np.int16([1, 1, 0, 0, 0, 0]),
-    "one bit of a feature": lambda words, other: words ^ np.int16([0, 1, 0, 0, 0, 0]),
-    "no features": lambda words, other: words * np.int16([0, 0, 1, 1, 1, 1]),
-    "of another teacher": lambda words, other: other,
-    "copied without its holes": lambda words, other: words,
-}
-
-
-@pytest.mark.parametrize("kind", DAMAGE)
-def test_damaged_entries_are_computed_again(kind, tmp_path):
-    images, folders = split_of(), {teacher: tmp_path / teacher for teacher in ("this", "another")}
-    rows, window, expected = asked(images)
-    for teacher, folder in folders.items():
-        folder.mkdir()
-        opened("disk", images, folder, teacher=teacher)[0](rows, window)
-    file, other = (file_in(folder) for folder in folders.values())
-    # an entry: two features and four words of the checksum
-    spoilt = DAMAGE[kind](*(np.fromfile(each, np.int16).reshape(-1, 6) for each in (file, other))).tobytes()
-    file.unlink()
-    file.write_bytes(spoilt)
-    for computes in (kind != "copied without its holes", False):
-        features, eyes = opened("disk", images, folders["this"], teacher="this")
-        assert torch.equal(features(rows, window), expected)
-        assert bool(eyes.seen) == computes
-
-
-def test_two_that_use_the_file_at_once_read_each_others_entries(tmp_path):
-    images = split_of()
-    (first, _), (second, eyes) = (opened("disk", split_of(), tmp_path) for _ in range(2))
-    rows, window, expected = asked(images)
-    first(rows, window)
-    assert torch.equal(second(rows, window), expected)
-    assert not eyes.seen
-    both = [asked(images, epoch) for epoch in range(2, 20)]
-    with ThreadPoolExecutor(2) as pool:
-        for answers in pool.map(lambda features: [features(*of[:2]) for of in both], (first, second)):
-            assert all(torch.equal(*pair) for pair in zip(answers, (of[2] for of in both), strict=True))
-
-
-@pytest.mark.parametrize("how", ["an error", "half an entry"])
-def test_a_disk_that_fills_up_ends_in_a_fault_and_leaves_no_wrong_entry(how, tmp_path, monkeypatch):
-    images, pwrite, calls = split_of(), os.pwrite, itertools.count(1)
-    features, _ = opened("disk", images, tmp_path)
-    rows, window, expected = asked(images)
-
-    def full(file, content, place):
-        if next(calls) < 7:
-            return pwrite(file, content, place)
-        if how == "an error":
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return pwrite(file, bytes(content)[:5], place)
-
-    with monkeypatch.context() as patch, pytest.raises(Fault, match="No space left on device"):
-        patch.setattr(os, "pwrite", full)
-        features(rows, window)
-    features, eyes = opened("disk", images, tmp_path)
-    assert torch.equal(features(rows, window), expected)
-    assert len(torch.unique(torch.cat(eyes.seen).flatten(1), dim=0)) == 24 - 6
-
-
-def test_too_little_space_is_reported_before_anything_is_written(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="cannot be used: .*--t-features memory needs no file"):
-        opened("disk", split_of(), tmp_path / "missing")
-    usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=46_000))
-    with pytest.raises(UserError, match="will grow by .* are free there"):
-        opened("disk", split_of(), tmp_path)  # 6 · 648 · 12 bytes
-    assert not list(tmp_path.iterdir())
-    opened("disk", split_of(6, slice(1, 6)), tmp_path)  # five of six images fit
-    for available, fits in ((60, False), (62, True)):  # kB, of which training needs a quarter
-        monkeypatch.setattr(Path, "read_text", lambda self, kb=available: f"MemAvailable:   {kb} kB\n")
-        with contextlib.nullcontext() if fits else pytest.raises(UserError, match="and training needs some"):
-            opened("memory", split_of(), tmp_path)
 
 
 @pytest.mark.parametrize("scale", [1e6, float("nan")])
