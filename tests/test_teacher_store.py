@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TINY_STUDENT, contents, end_of, plain, stop_at
@@ -357,6 +358,29 @@ def test_another_teacher_data_set_precision_or_device_has_another_table(monkeypa
     keys += [key(**{part: "another"}) for part in IDENTITY]
     assert len(set(keys)) == len(keys)
     assert key("--seed", "1", "--lr", "1", "--few-shot", "0.5", "--batch-size", "8", "--compile") == key()
+
+
+def test_only_damaged_entries_are_computed_again(tmp_path):
+    images = split_of()
+    rows, window, expected = asked(images)
+    opened("disk", images, tmp_path)[0](rows, window)
+    file = file_in(tmp_path)
+    entries = np.fromfile(file, np.int16).reshape(len(images), 648, 2 + 4)  # two features, and their checksum
+    entries[rows[0], window[0, 1], 0] ^= 1
+    file.write_bytes(entries.tobytes())
+    for computed in ([1], []):
+        features, eyes = opened("disk", images, tmp_path)
+        assert torch.equal(features(rows, window), expected)
+        assert [len(torch.unique(x, dim=0)) for x in eyes.seen] == computed
+
+
+def test_a_file_needs_space_for_the_entries_of_its_own_images(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=46_000))
+    with pytest.raises(UserError, match="will grow by .* are free there"):
+        opened("disk", split_of(), tmp_path)  # 6 · 648 · 12 bytes
+    assert not list(tmp_path.iterdir())
+    opened("disk", split_of(6, slice(1, 6)), tmp_path)  # five of six images fit
 
 
 @pytest.mark.parametrize("scale", [1e6, float("nan")])
