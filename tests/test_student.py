@@ -83,7 +83,7 @@ def test_both_training_steps_follow_the_published_trajectories():
         assert loss.item() == pytest.approx(total, rel=1e-6)
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_each_term_has_its_own_weight_and_one_of_weight_0_is_only_logged(compiled):
     """Even if that term is not finite."""
     fixed, network = (Wrapper(model_dict["resnet8"]()).eval() for _ in range(2))
