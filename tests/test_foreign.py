@@ -27,8 +27,9 @@ from wrapper import check_network
 TIMM, VIT, TORCHVISION = "timm.mobilenetv3_small_050", "timm.vit_tiny_patch16_224", "torchvision.mobilenet_v3_small"
 SMALLEST = "timm.test_efficientnet"
 VARIED = [TIMM, VIT, "timm.deit_tiny_patch16_224", "timm.convnext_atto", "timm.efficientnet_b0", "timm.regnetx_002"]
-VARIED += ["timm.densenet121", "timm.swin_tiny_patch4_window7_224", "timm.mixer_s32_224", "timm.repvgg_a0"]
-VARIED += ["timm.ghostnet_050", "torchvision.resnet18", "torchvision.swin_t", "torchvision.densenet121"]
+VARIED += ["timm.resnet18", "timm.densenet121", "timm.swin_tiny_patch4_window7_224", "timm.mixer_s32_224"]
+VARIED += ["timm.repvgg_a0", "timm.ghostnet_050"]
+VARIED += ["torchvision.resnet18", "torchvision.swin_t", "torchvision.densenet121"]
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in VARIED]
 
 OWN = """
